@@ -23,6 +23,7 @@ __all__ = [
     "NotABufferError",
     "ReduceOpError",
     "SynchronizationError",
+    "TraceError",
     "UnsupportedDTypeError",
     "WorkerLostError",
 ]
@@ -102,3 +103,7 @@ class NonFiniteError(DvKernelsError, FloatingPointError):
 
 class DriftError(DvKernelsError, RuntimeError):
     """In debug mode: copies of a variable differ that should be equal."""
+
+
+class TraceError(DvKernelsError, ValueError):
+    """Files are not traces of the workers of one job."""

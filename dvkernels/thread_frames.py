@@ -35,6 +35,20 @@ def back_of(frame: FrameType) -> FrameType | None:
     return back
 
 
+def stack_of(frame: FrameType) -> list[FrameType]:
+    """Return the frames of another thread, from this one on, the innermost first."""
+    frames = [frame]
+    while (back := back_of(frames[-1])) is not None:
+        frames.append(back)
+    return frames
+
+
+def locals_of(frame: FrameType) -> dict[str, Any]:
+    """Return the present local variables of a frame of another thread."""
+    found: dict[str, Any] = _uncollected(functools.partial(getattr, frame, "f_locals"))
+    return dict(found)
+
+
 def _uncollected(call: Callable[[], T]) -> T:
     """Return what a C function returns; nothing is collected meanwhile."""
     if not gc.isenabled():

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import threadpoolctl
 
-from dvkernels.benchmarks.core_usage import CoreUsage
 from dvkernels.benchmarks.stopwatch import Samples, alternate
 from dvkernels.errors import DvKernelsError
+from dvkernels.profiler.core_usage import CoreUsage
 from programs.all_cores import AllCores
 from programs.machine import settle_allocator
 from programs.program import ALL_CORES, OURS, Neighbour, Program

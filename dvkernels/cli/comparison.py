@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dvkernels.benchmarks.core_usage import CoreUsage
 from dvkernels.cli.compute_alone import ComputeAlone
 from dvkernels.cli.training_loop import Training
+from dvkernels.profiler.core_usage import CoreUsage
 
 __all__: list[str] = []
 

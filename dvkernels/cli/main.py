@@ -26,6 +26,8 @@ _VERBS = {
     "checkpoint": "dvkernels.cli.checkpoint",
     "compile": "dvkernels.cli.compile",
     "info": "dvkernels.cli.info",
+    "trace": "dvkernels.cli.trace",
+    "ask": "dvkernels.cli.ask",
 }
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.benchmarks import core_usage
 from dvkernels.cli import argument_types, mlp, training_loop
 from dvkernels.cli.comparison import Comparison
 from dvkernels.cli.digits import Digits
 from dvkernels.cli.training_loop import Training, TrainingConfig
+from dvkernels.profiler import core_usage
 
 __all__: list[str] = []
 

@@ -38,13 +38,13 @@ class Bucketing:
     """
 
     def __init__(self, communicator: Communicator, bytes_per_bucket: int) -> None:
-        self._communicator = communicator
+        self.communicator = communicator
         self._nbytes = bytes_per_bucket
 
     @property
     def size(self) -> int:
         """The number of ranks."""
-        return self._communicator.size
+        return self.communicator.size
 
     def all_reduce_many(
         self, columns: Sequence[Column], op: Reduction, outs: Sequence[Column] | None = None
@@ -53,8 +53,8 @@ class Bucketing:
 
         New arrays of one bucket share a buffer.
         """
-        if isinstance(self._communicator, Hierarchical):
-            all_results = self._communicator.all_reduce_many(columns, op, outs)
+        if isinstance(self.communicator, Hierarchical):
+            all_results = self.communicator.all_reduce_many(columns, op, outs)
             if all_results is not None:
                 return all_results
         results: list[list[Array]] = [[]] * len(columns)
@@ -62,12 +62,12 @@ class Bucketing:
             if len(bucket) == 1:
                 (k,) = bucket
                 out = None if outs is None else outs[k]
-                results[k] = self._communicator.all_reduce(columns[k], op, out)
+                results[k] = self.communicator.all_reduce(columns[k], op, out)
                 continue
             packed = [
                 _pack([columns[k][rank] for k in bucket]) for rank in range(len(columns[bucket[0]]))
             ]
-            reduced = self._communicator.all_reduce(packed, op)
+            reduced = self.communicator.all_reduce(packed, op)
             start = 0
             for k in bucket:
                 shape = columns[k][0].shape
@@ -101,23 +101,23 @@ class Bucketing:
         self, values: Sequence[Array], op: Reduction, out: Sequence[Array] | None = None
     ) -> list[Array]:
         """Reduce one array, without packing."""
-        return self._communicator.all_reduce(values, op, out)
+        return self.communicator.all_reduce(values, op, out)
 
     def reduce(self, values: Sequence[Array], op: Reduction) -> Any:
         """Reduce into one new array."""
-        return self._communicator.reduce(values, op)
+        return self.communicator.reduce(values, op)
 
     def reduce_scatter(self, values: Sequence[Array], op: Reduction) -> list[Array]:
         """Reduce each rank's part into a new array."""
-        return self._communicator.reduce_scatter(values, op)
+        return self.communicator.reduce_scatter(values, op)
 
     def all_gather(self, values: Sequence[Array], axis: int) -> list[Array]:
         """Concatenate into a new array for each rank."""
-        return self._communicator.all_gather(values, axis)
+        return self.communicator.all_gather(values, axis)
 
     def broadcast(self, values: Sequence[Array], root: int) -> list[Array]:
         """Copy the root's value for every rank."""
-        return self._communicator.broadcast(values, root)
+        return self.communicator.broadcast(values, root)
 
 
 def _pack(arrays: Sequence[Array]) -> Any:

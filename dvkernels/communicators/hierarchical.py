@@ -45,7 +45,7 @@ class Hierarchical:
     def __init__(
         self, local: Communicator, workers: Workers, replicas_of_workers: Sequence[int]
     ) -> None:
-        self._local = local
+        self.local = local
         self._workers = workers
         self._share = WorkerShare(replicas_of_workers, workers.rank)
         self.size = self._share.num_replicas
@@ -108,7 +108,7 @@ class Hierarchical:
         how = accumulation.of(op, dtype, self.size)
         memory = array_memory.holding(values[0])
         wide = [memory.apply(_cast, value, how.wide) for value in values]
-        part = self._local.reduce(wide, how.op)
+        part = self.local.reduce(wide, how.op)
         if isinstance(part, np.generic):
             part = np.asarray(part)
         total = self._workers.all_reduce([part], how.op, [part])[0]

@@ -30,14 +30,14 @@ class Local:
 
     def __init__(self, size: int, algorithm: str) -> None:
         self.size = size
-        self._algorithm = algorithm
+        self.algorithm = algorithm
 
     def all_reduce(
         self, values: Sequence[Array], op: Reduction, out: Sequence[Array] | None = None
     ) -> list[Array]:
         """Reduce into new arrays, or into ``out``."""
         twin = _twin("all_reduce", values if out is None else [*values, *out])
-        results: list[Array] = twin.all_reduce_unchecked(values, op, self._algorithm, out)
+        results: list[Array] = twin.all_reduce_unchecked(values, op, self.algorithm, out)
         return results
 
     def reduce(self, values: Sequence[Array], op: Reduction) -> Array:

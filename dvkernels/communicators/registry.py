@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dvkernels.cluster.host_group import HostGroup
 from dvkernels.cluster.resolver import ClusterResolver
@@ -17,6 +18,7 @@ from dvkernels.communicators.single import Single
 from dvkernels.communicators.workers.shm import available
 from dvkernels.devices.device import Device
 from dvkernels.errors import AlgorithmError, ClusterError
+from dvkernels.schedules import cost_model
 from dvkernels.threads import shielded
 
 __all__: list[str] = []
@@ -168,6 +170,26 @@ def between_devices(devices: Sequence[Device], cross_device_ops: object) -> Comm
         f"expected cross_device_ops to be one of {sorted([*_ALGORITHMS, 'nccl'])} or an object "
         f"with the methods of dvkernels.Communicator, got {cross_device_ops!r}"
     )
+
+
+def algorithm_namer(communicator: Communicator) -> Callable[[int, int], str]:
+    """Return a function that names the algorithm of an all-reduce on the host, for traces.
+
+    Its arguments are the number of replicas and the bytes of each.
+    """
+    return functools.partial(_algorithm_of, communicator)
+
+
+def _algorithm_of(communicator: Communicator, num_replicas: int, nbytes: int) -> str:
+    if isinstance(communicator, Bucketing):
+        return f"buckets, {_algorithm_of(communicator.communicator, num_replicas, nbytes)}"
+    if isinstance(communicator, Hierarchical):
+        return f"hierarchical, {_algorithm_of(communicator.local, num_replicas, nbytes)}"
+    if isinstance(communicator, Local):
+        is_chosen = communicator.algorithm == "auto"
+        cheapest = cost_model.cheapest(cost_model.CPU, num_replicas, nbytes)
+        return cheapest if is_chosen else communicator.algorithm
+    return type(communicator).__name__.lower()
 
 
 def _name_of(cross_device_ops: object) -> str:

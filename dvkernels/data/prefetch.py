@@ -7,7 +7,6 @@ import functools
 import os
 import queue
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from dvkernels.data.node import Node, RowSelector
 from dvkernels.data.queue_threads import QueueThreads
 from dvkernels.data.transform import SamePositions
 from dvkernels.errors import DatasetError
-from dvkernels.profiler import memory_report
+from dvkernels.profiler.memory_report import Holding
 from dvkernels.threads import stoppable_thread
 from dvkernels.threads.thread import Latch
 from dvkernels.user_errors import describe
@@ -175,7 +174,7 @@ class _PrefetchThread:
         self._free_slots: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(depth):
             self._free_slots.put(None)
-        self.sizes: collections.deque[int] = collections.deque()  # of the elements that are ready
+        self.sizes: collections.deque[Holding] = collections.deque()  # of elements that are ready
         self.taken: list[Element] = []  # but not confirmed
         self.behind = cursor.epoch_position  # behind the elements taken
         self.at_end = False  # whether the epoch ends there
@@ -189,7 +188,6 @@ class _PrefetchThread:
                 f"prefetch: expected to start a thread; got {describe(error)}; "
                 "free threads or memory, or prefetch nothing: InputOptions(prefetch=0)"
             ) from error
-        _live_threads.add(self)
 
     def take_one(self) -> float:
         """Take one more element, if there is one; return the time that was needed to compute it."""
@@ -234,7 +232,7 @@ class _PrefetchThread:
 def _fetch(
     cursor: Cursor,
     ready: queue.SimpleQueue[_PrefetchedElement],
-    sizes: collections.deque[int],
+    sizes: collections.deque[Holding],
     slots: Iterator[None],
     stop: Latch,
 ) -> None:
@@ -246,7 +244,7 @@ def _fetch(
             try:
                 element = cursor.take()[0]
                 cursor.confirm()
-                sizes.append(nbytes_of(element))
+                sizes.append(Holding("cpu:0", "prefetch", nbytes_of(element)))
             except BaseException as raised:
                 error = raised
             seconds = time.perf_counter() - began
@@ -256,14 +254,3 @@ def _fetch(
             del element  # keep no reference while the next one is computed
     finally:
         cursor.release()
-
-
-_live_threads: weakref.WeakSet[_PrefetchThread] = weakref.WeakSet()
-
-
-def _memory_entries() -> Iterator[tuple[str, str, int]]:
-    for thread in list(_live_threads):
-        yield "cpu:0", "prefetch", sum(thread.sizes.copy())
-
-
-memory_report.register_account(_memory_entries)

@@ -20,8 +20,10 @@ from dvkernels.devices import cuda, cuda_arrays, interop
 from dvkernels.devices.array_spec import Array, HostArray
 from dvkernels.devices.cuda_arrays import current_stream
 from dvkernels.devices.device import Device
+from dvkernels.devices.gpu_times import GpuSpan
 from dvkernels.devices.stream_order import wait_pairs
 from dvkernels.errors import DeviceError
+from dvkernels.profiler import tracing
 
 __all__ = ["HOST", "ArrayMemory", "holding", "of"]
 
@@ -162,15 +164,25 @@ class _Gpu:
 
     def new(self, content: Any, device: Device) -> Array:
         new_array = self._arrays.empty(device.index, tuple(content.shape), content.dtype)
+        recording = tracing.active
+        span = None if recording is None else GpuSpan(recording, *current_stream(device.index))
+        self._fill(new_array, content, device)
+        if span is not None:
+            on_host = isinstance(content, np.ndarray)
+            source_name = "host" if on_host else f"cuda:{self._arrays.device_of(content)}"
+            about = {"from": source_name, "to": str(device), "bytes": content.nbytes}
+            span.end("copy", "copy", about | {"dtype": str(content.dtype)})
+        return new_array
+
+    def _fill(self, new_array: Array, content: Any, device: Device) -> None:
         if isinstance(content, np.ndarray):
             self._arrays.copy(new_array, content)
-            return new_array
+            return
         target = current_stream(device.index)
         source = current_stream(self._arrays.device_of(content))
         cuda_arrays.order_streams([(target, source)])
         self._arrays.copy(new_array, content)
         cuda_arrays.order_streams([(source, target)])  # what overwrites the content, comes later
-        return new_array
 
     def on(self, array: Any, device: Device) -> Any:
         if isinstance(array, np.ndarray) or self._arrays.device_of(array) != device.index:

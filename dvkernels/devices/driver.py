@@ -207,10 +207,10 @@ class Driver(DriverCalls):
         with self.beside_captures(device):
             self.check("cuMemFreeHost", ctypes.c_void_p(address))
 
-    def event(self, device: int) -> int:
+    def event(self, device: int, *, timed: bool = False) -> int:
         """Return a new event of a device, which has happened; the caller destroys it."""
         with self.within(device):
-            return self.get("cuEventCreate", _UNTIMED, kind=ctypes.c_void_p)
+            return self.get("cuEventCreate", 0 if timed else _UNTIMED, kind=ctypes.c_void_p)
 
     def record(self, lanes: Iterable[tuple[int, int, int]]) -> None:
         """Let each event happen after the present work of a stream: (device, stream, event)."""
@@ -233,6 +233,18 @@ class Driver(DriverCalls):
                 self.raise_for("cuStreamWaitEvent", code)
         finally:
             self.library.cuCtxSetCurrent(previous_context)
+
+    def await_on_host(self, event: int) -> None:
+        """Wait on the host until an event has happened."""
+        self.check("cuEventSynchronize", ctypes.c_void_p(event))
+
+    def milliseconds_between(self, first: int, last: int) -> float:
+        """Return the time between two timed events of one device that have happened [ms]."""
+        found = ctypes.c_float()
+        self.check(
+            "cuEventElapsedTime", ctypes.byref(found), ctypes.c_void_p(first), ctypes.c_void_p(last)
+        )
+        return found.value
 
     def destroy(self, device: int, event: int) -> None:
         """Destroy an event of a device; streams that wait for it are not affected."""

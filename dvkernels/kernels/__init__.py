@@ -3,7 +3,7 @@
 Every function takes one array per replica and calls the twin, CPU or CUDA, of the memory in which
 the arrays lie. Nothing is compiled, and Numba is not imported, until a function is called.
 
-Imports: custom_reduction, deadlines, devices, errors, reduce_op, schedules, threads.
+Imports: custom_reduction, deadlines, devices, errors, profiler, reduce_op, schedules, threads.
 """
 
 from __future__ import annotations

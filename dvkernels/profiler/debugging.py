@@ -12,13 +12,15 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dvkernels import reduce_op, thread_frames, user_errors
 from dvkernels.errors import NonFiniteError
+from dvkernels.profiler import collective_hooks
+from dvkernels.profiler.collective_hooks import CollectiveEvent
 
 __all__ = ["debug"]
 
@@ -51,17 +53,10 @@ class RunningReplica(NamedTuple):
     strategy: str
     step: int
     replica: int
+    algorithm_of: Callable[[int, int], str] | None = None  # see CollectiveEvent
 
     def __str__(self) -> str:
         return f"replica {self.replica}, step {self.step} of {self.strategy}"
-
-
-class _ReportedEntry(NamedTuple):
-    """Entry of the flight recorder."""
-
-    seconds: float  # of time.perf_counter
-    place: RunningReplica
-    called: Any  # the collective call; converted to text only in a dump
 
 
 class DebugState:
@@ -69,25 +64,30 @@ class DebugState:
 
     def __init__(self, stall_seconds: float) -> None:
         self.stall_seconds = stall_seconds
-        self._entries: collections.deque[_ReportedEntry] = collections.deque(maxlen=_REMEMBERED)
+        self._entries: collections.deque[CollectiveEvent] = collections.deque(maxlen=_REMEMBERED)
         self._generation = 0
         self._reads: dict[int, tuple[int, int]] = {}
         self._warned: set[int] = set()
 
-    # -- the flight recorder --------------------------------------------------------------------
+    # -- the flight recorder: an observer of collective_hooks -------------------------------------
 
-    def record(self, place: RunningReplica, called: Any) -> None:
+    def before(self, event: CollectiveEvent) -> None:
         """Record in the flight recorder that a replica called a collective."""
-        self._entries.append(_ReportedEntry(time.perf_counter(), place, called))
+        self._entries.append(event)
+
+    def after(self, event: CollectiveEvent) -> None:
+        """Record nothing more."""
+
+    abort = after
 
     def dump(self, strategy: str, step: int, error: BaseException) -> None:
         """Log the last collectives of a strategy, after a step has failed."""
-        now = time.perf_counter()
+        now = time.perf_counter_ns()
         lines = [
-            f"  {1e3 * (now - entry.seconds):10.3f} ms ago: step {entry.place.step}, replica "
-            f"{entry.place.replica} called {entry.called}"
-            for entry in self._entries
-            if entry.place.strategy == strategy
+            f"  {(now - event.began) / 1e6:10.3f} ms ago: step {event.place.step}, replica "
+            f"{event.replica} called {event}"
+            for event in self._entries
+            if event.place.strategy == strategy
         ]
         listed = "\n".join(lines) or "  none"
         LOGGER.error(
@@ -188,7 +188,6 @@ class debug:
     """
 
     def __init__(self, enabled: bool = True, *, stall_seconds: float = _STALL_SECONDS) -> None:
-        global active
         if not isinstance(enabled, bool):
             raise TypeError(f"debug: enabled is True or False, got {enabled!r}")
         try:
@@ -198,14 +197,21 @@ class debug:
         if not seconds > 0:
             raise ValueError(f"debug: stall_seconds is a positive number, got {stall_seconds!r}")
         self._before = active
-        active = DebugState(seconds) if enabled else None
+        _switch_to(DebugState(seconds) if enabled else None)
 
     def __enter__(self) -> debug:
         return self
 
     def __exit__(self, *_: object) -> None:
-        global active
-        active = self._before
+        _switch_to(self._before)
+
+
+def _switch_to(state: DebugState | None) -> None:
+    global active
+    kept = [each for each in collective_hooks.active or () if each is not active]
+    observers = (*kept, state) if state is not None else (*kept,)
+    # Both in one statement without a call, in which no interrupt strikes.
+    active, collective_hooks.active = state, observers or None
 
 
 def here() -> RunningReplica | None:

@@ -1,4 +1,9 @@
-"""Memory report: bytes by device and owner, as reported by the modules that own arrays."""
+"""Memory report: bytes by device and owner, now and at most.
+
+An object that owns arrays keeps a :class:`Holding` for them, which adds its bytes to the account of
+its owner and subtracts them with the object's end. So every report, and every sample of a trace,
+comes from the same accounts.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +15,71 @@ from pathlib import Path
 
 __all__ = ["MemoryReport", "memory"]
 
-OWNERS = ("variables", "slots", "workspaces", "prefetch", "batches")
-
-# Yields (device, owner, bytes) of all arrays that a module holds at the moment.
-Account = Callable[[], Iterable[tuple[str, str, int]]]
-_accounts: list[Account] = []
+OWNERS = ("variables", "slots", "workspaces", "prefetch", "batches", "staging", "checkpoints")
 
 
-def register_account(account: Account) -> None:
+class _Account:
+    """Bytes of one owner on one device: at present, and the most so far."""
+
+    __slots__ = ("now", "peak")
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def change(self, nbytes: int) -> None:
+        # One statement without a call: no other thread and no interrupt comes in between.
+        self.now += nbytes
+        if self.now > self.peak:
+            self.peak = self.now
+
+
+_accounts: dict[tuple[str, str], _Account] = {}  # by device and owner
+
+
+def _account(device: str, owner: str) -> _Account:
+    found = _accounts.get((device, owner))
+    return found or _accounts.setdefault((device, owner), _Account())
+
+
+class Holding:
+    """Bytes that an object of this package holds on a device, counted as long as this lives."""
+
+    __slots__ = ("_account", "_device", "_nbytes")
+
+    def __init__(self, device: str, owner: str, nbytes: int) -> None:
+        self._device, self._nbytes = device, nbytes
+        self._account = _account(device, owner)
+        self._account.change(nbytes)
+
+    def move_to(self, owner: str) -> None:
+        """Count the bytes as another owner's from now on."""
+        self._account.change(-self._nbytes)
+        self._account = _account(self._device, owner)
+        self._account.change(self._nbytes)
+
+    def __del__(self) -> None:
+        self._account.change(-self._nbytes)
+
+
+# Yields (device, owner, bytes) of arrays that a module counts only when it is asked.
+Count = Callable[[], Iterable[tuple[str, str, int]]]
+_counts: list[Count] = []
+
+
+def register_account(count: Count) -> None:
     """Register a function that every report calls."""
-    _accounts.append(account)
+    _counts.append(count)
+
+
+def _update_counts() -> None:
+    found: dict[tuple[str, str], int] = {}
+    for count in _counts:
+        for device, owner, nbytes in count():
+            found[device, owner] = found.get((device, owner), 0) + nbytes
+    for (device, owner), nbytes in found.items():
+        account = _account(device, owner)
+        account.now = nbytes
+        account.peak = max(account.peak, nbytes)
 
 
 @dataclass(frozen=True)
@@ -31,8 +91,12 @@ class MemoryReport:
     by_device : dict of dict
         Bytes by device, such as ``"cpu:0"``, and owner: ``"variables"`` (their copies),
         ``"slots"`` (of optimizers), ``"workspaces"`` (arrays in which writes are computed),
-        ``"prefetch"`` (prefetched batches) and ``"batches"`` (memory of batches that nobody holds
-        any more, kept for the next ones).
+        ``"prefetch"`` (prefetched batches), ``"batches"`` (memory of batches that nobody holds
+        any more, kept for the next ones), ``"staging"`` (buffers between hosts, processes and
+        GPUs) and ``"checkpoints"`` (copies of what a save in the background writes).
+    peak_by_device : dict of dict
+        The most bytes so far, of each owner by itself. Those of ``"batches"`` are the most that
+        any report, or a trace, has seen.
     process_nbytes : int or None
         Resident memory of the process; None where the system does not report it.
     process_peak_nbytes : int or None
@@ -40,6 +104,7 @@ class MemoryReport:
     """
 
     by_device: dict[str, dict[str, int]]
+    peak_by_device: dict[str, dict[str, int]]
     process_nbytes: int | None
     process_peak_nbytes: int | None
 
@@ -49,17 +114,24 @@ class MemoryReport:
         return sum(sum(owners.values()) for owners in self.by_device.values())
 
     def __str__(self) -> str:
-        width = max([6, *map(len, self.by_device)])
-        lines = [f"{'device':{width}}" + "".join(f"{owner:>14}" for owner in OWNERS)]
-        for device, owners in sorted(self.by_device.items()):
-            cells = "".join(f"{_shown(owners[owner]):>14}" for owner in OWNERS)
-            lines.append(f"{device:{width}}{cells}")
+        width = max([9, *map(len, self.peak_by_device)])
+        none = dict.fromkeys(OWNERS, 0)
+        lines = [f"{'device':{width}}" + "".join(f"{owner:>13}" for owner in OWNERS)]
+        for device, most in sorted(self.peak_by_device.items()):
+            lines.append(_row(device, width, self.by_device.get(device, none)))
+            lines.append(_row("  at most", width, most))
         own, peak = _shown(self.process_nbytes), _shown(self.process_peak_nbytes)
         return "\n".join([*lines, f"process: {own}, at most {peak}"])
 
 
+def _row(name: str, width: int, owners: dict[str, int]) -> str:
+    return f"{name:{width}}" + "".join(f"{_shown(owners[owner]):>13}" for owner in OWNERS)
+
+
 def memory() -> MemoryReport:
     """Report the bytes that the library holds by device and owner, and those of the process.
+
+    Each with the most so far.
 
     Returns
     -------
@@ -74,12 +146,14 @@ def memory() -> MemoryReport:
     >>> dv.profiler.memory().by_device["cpu:0"]["variables"] >= 8000
     True
     """
+    _update_counts()
     by_device: dict[str, dict[str, int]] = {}
-    for account in _accounts:
-        for device, owner, nbytes in account():
-            owners = by_device.setdefault(device, dict.fromkeys(OWNERS, 0))
-            owners[owner] += nbytes
-    return MemoryReport(by_device, *_of_process())
+    peaks: dict[str, dict[str, int]] = {}
+    for (device, owner), account in list(_accounts.items()):
+        for report, nbytes in ((by_device, account.now), (peaks, account.peak)):
+            if nbytes:
+                report.setdefault(device, dict.fromkeys(OWNERS, 0))[owner] = nbytes
+    return MemoryReport(by_device, peaks, *_of_process())
 
 
 def _of_process() -> tuple[int | None, int | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dvkernels import pytree, user_errors
+from dvkernels.profiler.collective_hooks import call_text
 
 __all__: list[str] = []
 
@@ -28,11 +28,4 @@ class CollectiveCall(NamedTuple):
     act: Callable[[list[Any]], Sequence[Any]]  # all payloads -> one result per replica
 
     def __str__(self) -> str:
-        terms = (
-            pytree.describe_structure(term)
-            if isinstance(term, pytree.Structure)
-            else user_errors.text_of(term)
-            for term in self.terms
-            if term is not None
-        )
-        return f"{self.verb}({', '.join(term for term in terms if term)})"
+        return call_text(self.verb, self.terms)

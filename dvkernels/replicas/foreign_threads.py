@@ -38,10 +38,10 @@ class UnscopedRendezvous(Rendezvous):
     def __init__(self) -> None:
         super().__init__(1)
 
-    def meet(self, replica: int, request: CollectiveCall) -> object:
+    def meet(self, replica: int, request: CollectiveCall, is_observed: bool = False) -> object:
         """Perform the collective at once."""
         _check(request)
-        return super().meet(replica, request)
+        return super().meet(replica, request, is_observed)
 
     def issue(self, replica: int, request: CollectiveCall) -> object:  # type: ignore[override]
         """Perform the collective at once."""

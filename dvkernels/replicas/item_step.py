@@ -21,7 +21,7 @@ class ItemStep(Rendezvous):
         super().__init__(1)
         self.item_index = 0
 
-    def meet(self, replica: int, request: CollectiveCall) -> Any:
+    def meet(self, replica: int, request: CollectiveCall, is_observed: bool = False) -> Any:
         """Raise: there are no others to meet."""
         self.check_alive(request.verb)
         raise ContextError(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dvkernels.errors import ContextError
+from dvkernels.profiler.collective_hooks import CollectiveEvent
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.progress_thread import ProgressThread
 from dvkernels.threads.claim import Claim
@@ -19,11 +20,12 @@ _CHECK_SECONDS = 1.0  # how often a waiting thread checks that the progress thre
 class PendingCall:
     """Asynchronous collective, performed once all replicas have issued it."""
 
-    __slots__ = ("call_sites", "claim", "done", "is_over", "requests", "results")
+    __slots__ = ("call_sites", "claim", "done", "events", "is_over", "requests", "results")
 
     def __init__(self, num_replicas: int) -> None:
         self.requests: list[CollectiveCall | None] = [None] * num_replicas
         self.call_sites = [""] * num_replicas
+        self.events: list[CollectiveEvent | None] = [None] * num_replicas  # for hooks
         self.results: Sequence[Any] = ()
         self.done = Latch()  # opens when there are results, or the step has failed
         self.is_over = Latch()  # opens when the thread that performs it has finished

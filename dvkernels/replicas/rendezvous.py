@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dvkernels.errors import CollectiveMismatchError, ContextError
-from dvkernels.profiler import tracing
-from dvkernels.replicas import diagnostics
+from dvkernels.profiler import collective_hooks
+from dvkernels.replicas import diagnostics, observed_calls
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.pending import PendingCall, PendingCalls
 from dvkernels.replicas.step_state import StepState, rest_gate
@@ -29,43 +29,37 @@ class Rendezvous(StepState):
 
     __slots__ = ()
 
-    def meet(self, replica: int, request: CollectiveCall) -> Any:
+    def meet(self, replica: int, request: CollectiveCall, is_observed: bool = False) -> Any:
         """Perform a collective with the other replicas; return this replica's result."""
-        recording = tracing.active
-        began = 0 if recording is None else time.perf_counter_ns()
+        if collective_hooks.active is not None and not is_observed:
+            return observed_calls.meet(self, replica, request, Rendezvous.meet)
+        self.check_alive(request.verb)
+        gates = self._gates
+        if gates is None:
+            return self._perform_call([request])[0]
+        gates.close(replica)
         try:
-            self.check_alive(request.verb)
-            if self._debug_state is not None:
-                self._debug_state.record(self.label_of(replica), str(request))
-            gates = self._gates
-            if gates is None:
-                return self._perform_call([request])[0]
-            gates.close(replica)
-            try:
-                self._requests[replica] = request
-                is_last = next(self._arrivals) % self.num_replicas == 0
-                if self.failure is not None:  # meanwhile; a later failure opens the gate
-                    raise self._ended()
-                pending_calls = self._pending_calls
-                if True in self._has_left or (
-                    pending_calls is not None
-                    and pending_calls.has_awaited
-                    and pending_calls.is_stuck(self._requests)
-                ):
-                    self._fail_deserted()
-                elif is_last:
-                    return self._complete(replica)
-                else:
-                    self._wait(replica)
-            except BaseException as error:  # of the collective itself, or Ctrl-C at any point
-                self.fail(error, None if isinstance(error, CollectiveMismatchError) else replica)
-                raise
-            if self.failure is not None:
+            self._requests[replica] = request
+            is_last = next(self._arrivals) % self.num_replicas == 0
+            if self.failure is not None:  # meanwhile; a later failure opens the gate
                 raise self._ended()
-            return self._results[replica]
-        finally:
-            if recording is not None:
-                recording.add(request.verb, "collective", began, {"call": str(request)})
+            pending_calls = self._pending_calls
+            if True in self._has_left or (
+                pending_calls is not None
+                and pending_calls.has_awaited
+                and pending_calls.is_stuck(self._requests)
+            ):
+                self._fail_deserted()
+            elif is_last:
+                return self._complete(replica)
+            else:
+                self._wait(replica)
+        except BaseException as error:  # of the collective itself, or Ctrl-C at any point
+            self.fail(error, None if isinstance(error, CollectiveMismatchError) else replica)
+            raise
+        if self.failure is not None:
+            raise self._ended()
+        return self._results[replica]
 
     def _complete(self, replica: int) -> Any:
         """Perform the collective, release the other replicas, return this replica's result."""
@@ -85,10 +79,12 @@ class Rendezvous(StepState):
         The k-th call that a replica issues is matched with the k-th of each other replica.
         """
         self.check_alive(request.verb)
-        if self._debug_state is not None:
-            self._debug_state.record(self.label_of(replica), str(request))
+        event = None
+        if collective_hooks.active is not None:
+            event = observed_calls.begun(self, replica, request, collective_hooks.active)
         if self._progress_thread is None:
             alone = PendingCall(1)
+            alone.events[0] = event
             alone.results = self._perform_call([request])
             alone.done.open()
             return alone
@@ -99,6 +95,7 @@ class Rendezvous(StepState):
             self._pending_calls = pending_calls
         call_site = diagnostics.user_line(sys._getframe())
         pending = pending_calls.issue(replica, request, call_site)
+        pending.events[replica] = event
         if True in self._has_left and pending_calls.is_deserted(replica, self._has_left):
             self._fail_deserted()
         if self.failure is not None:
@@ -121,8 +118,13 @@ class Rendezvous(StepState):
             pending.done.open()
             pending.is_over.open()
 
-    def await_pending(self, replica: int, pending: PendingCall) -> Any:
+    def await_pending(self, replica: int, pending: PendingCall, is_observed: bool = False) -> Any:
         """Wait for an asynchronous collective; return this replica's result."""
+        event = pending.events[replica]
+        if event is not None and not is_observed:
+            pending.events[replica] = None  # it may be awaited again
+            again = functools.partial(Rendezvous.await_pending, self, replica, pending, True)
+            return observed_calls.await_pending(self, replica, event, again)
         if not pending.done.is_open:
             self.check_alive("wait")
             pending_calls = self._pending_calls
@@ -174,15 +176,9 @@ class Rendezvous(StepState):
                 )
                 raise diagnostics.mismatch_error(calls, first, other)
         payloads = [request.payload for request in requests]
-        recording = tracing.active
-        began = 0 if recording is None else time.perf_counter_ns()
-        try:
-            return (
-                first.act(payloads) if self.perform is None else self.perform(first.act, payloads)
-            )
-        finally:
-            if recording is not None:
-                recording.add("reduce", "collective", began, {"call": str(first)})
+        if collective_hooks.active is not None:
+            return observed_calls.perform(self, first, payloads, call_sites is not None)
+        return first.act(payloads) if self.perform is None else self.perform(first.act, payloads)
 
     def _wait(self, replica: int) -> None:
         gates, nap = self._gates, self._first_nap

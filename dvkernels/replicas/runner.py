@@ -13,8 +13,8 @@ from typing import Any
 from dvkernels import deadlines
 from dvkernels.errors import CollectiveTimeoutError, ContextError
 from dvkernels.philox import StrategyGenerators
-from dvkernels.profiler import debugging, tracing
-from dvkernels.replicas import foreign_threads, thread_limits
+from dvkernels.profiler import ask_server, collective_hooks, debugging, tracing
+from dvkernels.replicas import foreign_threads, step_report, thread_limits
 from dvkernels.replicas.gates import Gates
 from dvkernels.replicas.progress_thread import ProgressThread
 from dvkernels.replicas.rendezvous import Rendezvous
@@ -40,6 +40,7 @@ class Runner:
     ``first_replica``; ``announce`` is called with the first failure of each step. A step waits
     ``timeout_seconds``; the default gives way to the environment variable. ``limit`` holds the
     threads of BLAS, OpenMP and Numba down from the first step until the runner is closed.
+    ``algorithm_of`` names the algorithm of a collective in traces: see ``CollectiveEvent``.
     """
 
     def __init__(
@@ -52,15 +53,17 @@ class Runner:
         generators: StrategyGenerators | None = None,
         timeout_seconds: float = deadlines.DEFAULT_TIMEOUT_SECONDS,
         limit: ThreadLimit | None = None,
+        algorithm_of: Callable[[int, int], str] | None = None,
     ) -> None:
         self._generators = StrategyGenerators() if generators is None else generators
         self._step_lock = StepLock() if step_lock is None else step_lock
         self._num_replicas = num_replicas
         self._first_replica = first_replica
         self._announce = announce
-        self._label = label
+        self.label = label
         self._timeout_seconds = timeout_seconds
         self._limit = limit
+        self._algorithm_of = algorithm_of
         self._num_steps = 0
         self._closed = False
         self._progress_thread = ProgressThread()
@@ -69,6 +72,8 @@ class Runner:
         # A single replica of a single worker performs asynchronous calls at once.
         is_alone = num_replicas == 1 and announce is None
         self._background = None if is_alone else self._progress_thread
+        if announce is not None:  # of several workers
+            ask_server.ensure_running()
         self._reset_after_fork()
 
     def _reset_after_fork(self) -> None:
@@ -148,8 +153,9 @@ class Runner:
                 self._announce,
                 has_ended,
             )
-            if debug_state is not None:
-                rendezvous.observe(debug_state, debugging.RunningReplica(self._label, number, 0))
+            if collective_hooks.active is not None:  # as in debug mode
+                label = debugging.RunningReplica(self.label, number, 0, self._algorithm_of)
+                rendezvous.observe(debug_state, label)
             if team is not None:
                 share = None if limit is None else limit.share
                 _run_together(rendezvous, team, call, results, share)
@@ -161,7 +167,7 @@ class Runner:
             if rendezvous.failure is not None:
                 error = rendezvous.outcome(rendezvous.failure)
                 if debug_state is not None:
-                    debug_state.dump(self._label, number, error)
+                    debug_state.dump(self.label, number, error)
                 raise error
             if team is not None:
                 team.is_busy = False
@@ -204,7 +210,7 @@ class Runner:
 
     def _too_late(self, verb: str) -> ContextError:
         return ContextError(
-            f"{verb} of {self._label} was called while the interpreter is shutting down, when the "
+            f"{verb} of {self.label} was called while the interpreter is shutting down, when the "
             f"threads of its replicas run no more; call it before that, in a function registered "
             f"with atexit at the latest"
         )
@@ -221,6 +227,7 @@ class Runner:
     def _new_team(self) -> ThreadTeam:
         share = None if self._limit is None else self._limit.share
         team = ThreadTeam(self._num_replicas, share)
+        ask_server.ensure_running()
         self._teams = [ref for ref in self._teams if ref() is not None]
         self._teams.append(weakref.ref(team))
         return team
@@ -265,13 +272,19 @@ def _take_part(rendezvous: Rendezvous, rank: int, call: Call, results: list[Any]
 
 
 foreign_threads.ENTRANCES.add(_take_part.__code__)
+step_report.REPLICAS.add(_take_part.__code__)
+step_report.RUNS.add(Runner._run.__code__)
 
 
 def _traced(rendezvous: Rendezvous, rank: int, call: Call) -> Any:
     """Run one replica inside a trace span."""
-    replica = rendezvous.global_rank(rank)
-    with tracing.span("run", "step", lane=f"replica {replica}", replica=replica):
-        return call(rendezvous, rank)
+    replica, recording = rendezvous.global_rank(rank), tracing.active
+    about = {"replica": replica, "step": rendezvous.label.step}
+    with tracing.span("run", "step", lane=f"replica {replica}", **about):
+        result = call(rendezvous, rank)
+    if rank == 0 and recording is not None:
+        recording.sample()
+    return result
 
 
 def _run_together(

@@ -102,12 +102,15 @@ class StepState:
 
     # -- called by a replica ----------------------------------------------------------------------
 
-    def observe(self, debug_state: debugging.DebugState, label: debugging.RunningReplica) -> None:
-        """Report the events of this step, whose name is ``label``, in debug mode."""
-        self._debug_state = debug_state
-        self._first_nap = min(debug_state.stall_seconds, self._timeout, _CHECK_SECONDS)
-        self._check_seconds = min(debug_state.stall_seconds, _CHECK_SECONDS)
+    def observe(
+        self, debug_state: debugging.DebugState | None, label: debugging.RunningReplica
+    ) -> None:
+        """Name this step ``label`` in reports; report its stalls in debug mode."""
         self.label = label
+        if debug_state is not None:
+            self._debug_state = debug_state
+            self._first_nap = min(debug_state.stall_seconds, self._timeout, _CHECK_SECONDS)
+            self._check_seconds = min(debug_state.stall_seconds, _CHECK_SECONDS)
 
     def label_of(self, replica: int) -> debugging.RunningReplica:
         """Return the name of a replica of this step in messages."""
@@ -264,6 +267,18 @@ class StepState:
     def _is_consequence(self, error: BaseException) -> bool:
         """Return whether an error is caused by, or was raised while handling, the failure."""
         return user_errors.is_caused_by(error, self._echoes)
+
+    def waits_of(self, replica: int) -> tuple[str, list[int]]:
+        """Return the call that a replica is in, "" for none, and the replicas it waits for."""
+        requests: list[CollectiveCall | None] = self._requests
+        if requests[replica] is None and self._pending_calls is not None:
+            pending = self._pending_calls.awaited[replica]
+            if pending is not None and not pending.done.is_open:
+                requests = pending.requests
+        request = requests[replica]
+        if request is None:
+            return "", []
+        return str(request), diagnostics.missing_replicas(requests, self._first_replica)
 
     def _describe_replicas(self) -> str:
         return diagnostics.describe_replicas(

@@ -82,8 +82,8 @@ class TaskFarm:
         self._steps = steps
         self._contexts = contexts
         self._is_ordered = is_ordered
-        self._name = name
-        self._first_replica = first_replica
+        self.name = name
+        self.first_replica = first_replica
         self._step_lock = step_lock
         self._completions = itertools.count()
         self._num_taken = 0
@@ -100,7 +100,7 @@ class TaskFarm:
         self.count: int | None = None  # of the outcomes, once it is known
         self.failure: BaseException | None = None  # of a thread, outside of user code
         self.why_closed = ""  # not empty: nobody wants results any more
-        self._calls: list[int | None] = [None] * len(steps)  # the item each replica works on
+        self.calls: list[int | None] = [None] * len(steps)  # the item each replica works on
         self._idents = [0] * len(steps)
         self._is_over = False  # no further item is taken
         self.streams: StreamOrder | None = None  # of GPUs
@@ -132,7 +132,7 @@ class TaskFarm:
         except BaseException as error:  # no memory is left, or the program ends
             self.failure = error
         finally:
-            self._calls[rank], self._idents[rank] = None, 0  # the next thread may have that ident
+            self.calls[rank], self._idents[rank] = None, 0  # the next thread may have that ident
             self._steps[rank].closed = True
             if self.failure is not None:
                 self.end()
@@ -166,7 +166,7 @@ class TaskFarm:
         if self._is_over or self._owner() is None:
             self.end()
             return False
-        step, calls = self._steps[rank], self._calls
+        step, calls = self._steps[rank], self.calls
         index = position = self._num_taken
         try:
             item = self._source_context.run(next, self._items, _END)
@@ -189,7 +189,7 @@ class TaskFarm:
             try:
                 outcome = (self._contexts[rank].copy().run(self._fn, item), None)
             except BaseException as error:
-                replica = self._first_replica + rank
+                replica = self.first_replica + rank
                 user_errors.annotate(error, f"raised for item {index} of map, by replica {replica}")
                 if self.has_caller and rank == 0 and isinstance(error, KeyboardInterrupt):
                     raise
@@ -199,7 +199,7 @@ class TaskFarm:
             if os.getpid() != self.pid:
                 return False  # fn forked, and this is the child
             if recording is not None:
-                recording.name_lane(f"replica {self._first_replica + rank}")
+                recording.name_lane(f"replica {self.first_replica + rank}")
                 recording.add("map", "step", began, {"item": index})
             if not self._is_ordered:
                 position = next(self._completions)
@@ -243,7 +243,7 @@ class TaskFarm:
     def leave_seat(self) -> None:
         """Record that this thread works as replica 0 no more; also after an interrupt."""
         if self.has_caller and self._idents[0] in (0, threading.get_ident()):
-            self._calls[0], self._idents[0] = None, 0
+            self.calls[0], self._idents[0] = None, 0
             self._steps[0].closed = self._is_over
             self._seat[:] = [None]
 
@@ -299,7 +299,7 @@ class TaskFarm:
     def num_calls(self) -> int:
         """The number of calls that run, other than one that this thread makes."""
         own = threading.get_ident()
-        pairs = zip(self._calls, self._idents, strict=True)
+        pairs = zip(self.calls, self._idents, strict=True)
         return sum(call is not None and ident != own for call, ident in pairs)
 
     def wait_for_calls(self, seconds: float) -> bool:
@@ -318,7 +318,7 @@ class TaskFarm:
             is_wanted = not self.why_closed and self._owner() is not None
             if is_wanted or threading.get_ident() in self._idents:
                 raise ContextError(
-                    f"{verb} was called while a map of {self._name} is open; take all its results "
+                    f"{verb} was called while a map of {self.name} is open; take all its results "
                     f"first (list(...)), close it (close(), or a with statement), or drop it: a "
                     f"variable keeps it, also in the traceback of an exception"
                 )
@@ -330,9 +330,9 @@ class TaskFarm:
         """Wait until no call runs; raise CollectiveTimeoutError at the deadline."""
         seconds = self.timeout_seconds
         if not self.wait_for_calls(seconds):
-            running = sorted(call for call in self._calls if call is not None)
+            running = sorted(call for call in self.calls if call is not None)
             raise CollectiveTimeoutError(
-                f"{verb} waited {seconds:g} s in vain for functions of a map of {self._name} to "
+                f"{verb} waited {seconds:g} s in vain for functions of a map of {self.name} to "
                 f"return, for items {running}; set timeout_seconds of the strategy, or "
                 f"DVKERNELS_TIMEOUT_SECONDS, if they need longer"
             )

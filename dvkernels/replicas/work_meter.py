@@ -86,17 +86,17 @@ class MeteredRendezvous(Rendezvous):
         self._worked[replica] += now - self._began[replica]
         self._began[replica] = now
 
-    def meet(self, replica: int, request: CollectiveCall) -> Any:
+    def meet(self, replica: int, request: CollectiveCall, is_observed: bool = False) -> Any:
         """Perform a collective with the other replicas, which is not counted as work."""
         self.pause(replica)
-        result = super().meet(replica, request)
+        result = super().meet(replica, request, is_observed)
         self.resume(replica)
         return result
 
-    def await_pending(self, replica: int, pending: PendingCall) -> Any:
+    def await_pending(self, replica: int, pending: PendingCall, is_observed: bool = False) -> Any:
         """Wait for an asynchronous collective, which is not counted as work."""
         self.pause(replica)
-        result = super().await_pending(replica, pending)
+        result = super().await_pending(replica, pending, is_observed)
         self.resume(replica)
         return result
 

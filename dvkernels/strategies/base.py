@@ -157,6 +157,7 @@ class Strategy(
             self.generators,
             float(timeout_seconds),
             ThreadLimit(len(resolved)) if is_limited else None,
+            communicators.algorithm_namer(between_all) if on_host else None,
         )
         if not on_host:
             order = StreamOrder([device.index for device in resolved])

@@ -11,7 +11,8 @@ from dvkernels.devices import array_memory, interop
 from dvkernels.devices.array_spec import Array, HostArray, Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.kernels import backends
-from dvkernels.profiler import debugging
+from dvkernels.profiler import debugging, tracing
+from dvkernels.profiler.memory_report import Holding
 from dvkernels.schedules import cost_model
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values.distributed import DistributedValues, PerReplica
@@ -32,6 +33,7 @@ class Copies:
 
     __slots__ = (
         "__weakref__",
+        "_holdings",
         "_scratch",
         "aggregation",
         "arrays",
@@ -64,6 +66,10 @@ class Copies:
         devices = placement.copy_devices
         each = initial if len(initial) == len(devices) else [initial[0]] * len(devices)
         self.set_arrays(map(self.memory.new, each, devices))
+        self._holdings = [
+            Holding(str(device), "variables", array.nbytes)
+            for device, array in zip(devices, self.arrays, strict=True)
+        ]
 
     def set_arrays(self, arrays: Iterable[Array]) -> None:
         """Take new arrays as the copies."""
@@ -76,8 +82,15 @@ class Copies:
         are_equal = self.synchronization is VariableSynchronization.ON_WRITE
         initial = self.arrays[:1] if are_equal else self.arrays
         made = Copies(initial, self.placement, self.name, self.synchronization, self.aggregation)
-        made.is_slot = self.is_slot
+        if self.is_slot:
+            made.mark_as_slot()
         return made
+
+    def mark_as_slot(self) -> None:
+        """Count the memory as that of an optimizer."""
+        self.is_slot = True
+        for holding in self._holdings:
+            holding.move_to("slots")
 
     def index_of(self, rank: int) -> int:
         """Return the index of the copy that a local rank reads: its own, or the only one."""
@@ -153,11 +166,6 @@ class Copies:
 
     # -- writes of all copies -------------------------------------------------------------------
 
-    @property
-    def has_scratch(self) -> bool:
-        """Whether :meth:`scratch` holds an array."""
-        return self._scratch is not None
-
     def scratch(self) -> Any:
         """Return an array in which a write is computed before it is committed.
 
@@ -166,6 +174,8 @@ class Copies:
         """
         if self._scratch is None:
             self._scratch = self.memory.apply(np.empty_like, self.arrays[0])
+            device = str(self.placement.copy_devices[0])
+            self._holdings.append(Holding(device, "workspaces", self._scratch.nbytes))
         return self._scratch
 
     def commit(self, values: Sequence[Array]) -> None:
@@ -176,7 +186,10 @@ class Copies:
         """Overwrite the copy of one local rank."""
         if debugging.active is not None:
             debugging.check_finite(f"the new content of variable {self.name!r}", [value])
+        began = 0 if tracing.active is None else tracing.active.begin("write")
         self.memory.overwrite([self.arrays[self.index_of(rank)]], [value])
+        if began:
+            trace_write(began, [self], value.nbytes)
 
     def arrays_to_scatter(self) -> Sequence[Array]:
         """Return the arrays some of whose rows are about to be written."""
@@ -191,6 +204,7 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
     if debugging.active is not None:
         for copies, contents in writes:
             check_written(copies, contents)
+    began = 0 if tracing.active is None else tracing.active.begin("write")
     memory = writes[0][0].memory
     arrays = [array for copies, _ in writes for array in copies.arrays]
     values = [value for _, contents in writes for value in contents]
@@ -199,6 +213,18 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
         backends.cpu().broadcast_many_unchecked(groups)
     else:
         memory.overwrite(arrays, values)
+    if began:
+        nbytes = sum(value.nbytes for value in values)
+        trace_write(began, [copies for copies, _ in writes], nbytes)
+
+
+def trace_write(began: int, written: Sequence[Copies], nbytes: int) -> None:
+    """Record a write in the trace, if it has not ended meanwhile."""
+    recording = tracing.active
+    if recording is not None:
+        names, dtype = [copies.name for copies in written], str(written[0].arrays[0].dtype)
+        about = {"variables": names, "bytes": nbytes, "dtype": dtype}
+        recording.end("write", "write", began, about)
 
 
 def _may_share(writes: Sequence[tuple[Copies, Sequence[Any]]], arrays: Sequence[Any]) -> bool:

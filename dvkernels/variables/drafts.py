@@ -36,6 +36,7 @@ class Draft(Copies):
         self.has_ended = False
         self.is_written = False
         self._scratch = None
+        self._holdings = []  # the end of the update frees its memory
         self.is_slot = copies.is_slot
 
     def commit(self, values: Sequence[Array]) -> None:

@@ -12,11 +12,11 @@ from dvkernels.devices import array_memory
 from dvkernels.devices.array_spec import HostArray, Spec, spec
 from dvkernels.errors import BufferMismatchError, SynchronizationError
 from dvkernels.kernels import backends
-from dvkernels.profiler import debugging
+from dvkernels.profiler import debugging, tracing
 from dvkernels.replica_context import ReplicaContext
 from dvkernels.values.distributed import PerReplica
 from dvkernels.variables.access import check_aggregation, write_together
-from dvkernels.variables.copies import Copies, check_written, value_for_all
+from dvkernels.variables.copies import Copies, check_written, trace_write, value_for_all
 from dvkernels.variables.modes import VariableAggregation
 from dvkernels.variables.rows import checked_rows
 
@@ -184,6 +184,7 @@ def _apply(copies: Copies, verb: str, changes: Sequence[_RowChange], divisor: in
     float16 and bfloat16 are computed in float32 and rounded once.
     """
     arrays, memory = copies.arrays_to_scatter(), copies.memory
+    began = 0 if tracing.active is None else tracing.active.begin("write")
     if memory is array_memory.HOST and debugging.active is None:
         kernel, dtype = backends.row_updates(), arrays[0].dtype
         if kernel.runner(verb, dtype) is not None:
@@ -198,6 +199,8 @@ def _apply(copies: Copies, verb: str, changes: Sequence[_RowChange], divisor: in
                 )
             ]
             kernel.update_rows(verb, writes, divisor)
+            if began:
+                trace_write(began, [copies], _nbytes_of(changes))
             return
     targets, rows, values = [], [], []
     for change in changes:
@@ -210,6 +213,15 @@ def _apply(copies: Copies, verb: str, changes: Sequence[_RowChange], divisor: in
     if debugging.active is not None:
         check_written(copies, values)
     memory.overwrite_rows(targets, rows, values)
+    if began:
+        trace_write(began, [copies], _nbytes_of(changes))
+
+
+def _nbytes_of(changes: Sequence[_RowChange]) -> int:
+    """Return the bytes of the rows that are changed, in all copies."""
+    return sum(
+        len(change.copies) * part.updates.nbytes for change in changes for part in change.parts
+    )
 
 
 def _apart(updates: HostArray, arrays: Sequence[Any]) -> HostArray:

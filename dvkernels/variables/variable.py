@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any, NoReturn, final
 
 import numpy as np
@@ -12,7 +11,6 @@ from dvkernels import context
 from dvkernels.devices.array_spec import Array, Spec
 from dvkernels.devices.device import Device
 from dvkernels.errors import ContextError
-from dvkernels.profiler import memory_report
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.user_errors import brief
 from dvkernels.values.distributed import DistributedValues
@@ -248,7 +246,7 @@ def slot_of(variable: Variable, name: str, content: Array | None = None) -> Vari
     when, how = VariableSynchronization.ON_WRITE, VariableAggregation.NONE
     label = f"{variable.name}/{name}"
     copies = initial_copies(initial, None, when, how, label, variable.owner)
-    copies.is_slot = True
+    copies.mark_as_slot()
     return new_variable(copies, trainable=False)
 
 
@@ -262,23 +260,10 @@ def storage_of(variable: Variable) -> Copies:
     return variable._copies
 
 
-# By id, because variables compare elementwise and have no hash. For debug mode and memory reports.
+# By id, because variables compare elementwise and have no hash. For debug mode.
 _living: weakref.WeakValueDictionary[int, Variable] = weakref.WeakValueDictionary()
 
 
 def variables_of(placement: Placement) -> list[Variable]:
     """Return the variables of a strategy that are still alive."""
     return [variable for variable in list(_living.values()) if variable.owner is placement]
-
-
-def _memory_usage() -> Iterator[tuple[str, str, int]]:
-    for variable in list(_living.values()):
-        copies = storage_of(variable)
-        owner = "slots" if copies.is_slot else "variables"
-        for device, array in zip(variable.devices, copies.arrays, strict=True):
-            yield str(device), owner, array.nbytes
-        if copies.has_scratch:
-            yield str(variable.devices[0]), "workspaces", copies.arrays[0].nbytes
-
-
-memory_report.register_account(_memory_usage)

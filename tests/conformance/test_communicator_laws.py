@@ -31,7 +31,7 @@ def defect(**methods):
 
     def make(size):
         wrong = type("Wrong", (), {**verbs, **methods})()
-        wrong.size, wrong._algorithm = size, "auto"
+        wrong.size, wrong.algorithm = size, "auto"
         return wrong
 
     return make

@@ -296,3 +296,22 @@ def test_items_are_mapped_to_arrays_on_gpus(two):
     results = two.map(lambda k: on_gpu([k, rank() >= 0]), range(9))
     for k, result in enumerate(results):
         assert array_memory.gpu().to_host(result).tolist() == [k, 1]
+
+
+def test_a_trace_shows_kernels_and_copies_on_the_lanes_of_streams(two, tmp_path):
+    with dv.profiler.trace(tmp_path / "t"):
+        two.run(lambda: here().all_reduce("sum", on_gpu(np.ones(8))))
+    events = json.loads((tmp_path / "t").read_text())["traceEvents"]
+    lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    found = {
+        event["cat"]: event for event in events if lanes.get(event["tid"], "").startswith("cuda:0")
+        and event["ph"] == "X"
+    }  # fmt: skip
+    assert found.keys() == {"kernel", "copy"}
+    assert found["kernel"]["name"].startswith("dvkernels_")
+    assert found["copy"]["args"] == {
+        "from": "host",
+        "to": "cuda:0",
+        "bytes": 64,
+        "dtype": "float64",
+    }

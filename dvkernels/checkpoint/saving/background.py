@@ -18,6 +18,7 @@ from dvkernels.checkpoint.saving.save import Save
 from dvkernels.checkpoint.storage import parallel_io
 from dvkernels.devices.array_spec import HostArray, spec
 from dvkernels.profiler.debugging import LOGGER
+from dvkernels.profiler.memory_report import Holding
 from dvkernels.threads.shielded import ShieldedCall, uninterrupted
 from dvkernels.user_errors import text_of
 
@@ -48,6 +49,7 @@ class BackgroundSaver:
         # The arrays that snapshots are copied to are kept for the next save: allocating their pages
         # each time takes longer than the copy.
         self._copies: dict[str, HostArray] = {}
+        self._holding: Holding | None = None  # their memory
         self._unfinished: _UnfinishedSave | None = None
 
     def save(self, save: Save, *, background: bool) -> None:
@@ -132,6 +134,9 @@ class BackgroundSaver:
             if target is None or spec(target) != spec(array):
                 target = np.empty(array.shape, array.dtype)
             self._copies[name] = target
+        nbytes = sum(target.nbytes for target in self._copies.values())
+        self._holding = None  # that of the previous copies
+        self._holding = Holding("cpu:0", "checkpoints", nbytes)
         pairs = [(self._copies[name], array) for name, array in tensors.items()]
         uninterrupted(lambda: parallel_io.copy(pairs))
         return self._copies

@@ -17,6 +17,7 @@ from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.communicators.workers.group import ControlMessages, WorkerGroup
 from dvkernels.devices import array_memory, cuda
 from dvkernels.devices.array_spec import Array, HostArray
+from dvkernels.profiler.memory_report import Holding
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
@@ -115,6 +116,7 @@ class Staged(ControlMessages):
             self._upload_done.synchronize()
         if value.nbytes > len(self._pinned):
             self._pinned = self._arrays.pinned(value.nbytes)
+            self._holding = Holding("cpu:0", "staging", value.nbytes)
         staged: HostArray = self._pinned[: value.nbytes].view(value.dtype).reshape(value.shape)
         dense = (
             value

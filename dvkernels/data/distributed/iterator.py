@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from dvkernels.data.exclusion import MutualExclusion
 from dvkernels.data.state import SavedPosition
 from dvkernels.devices.array_spec import HostArray, Spec
 from dvkernels.errors import DatasetError
+from dvkernels.profiler import ask_server
 from dvkernels.pytree import flatten
 from dvkernels.values.distributed import PerReplica
 from dvkernels.values.process_bound import ProcessBound
@@ -76,6 +78,7 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
         self._is_closed = False
         recorder = StatsRecorder(distribution.options.on_error)
         self._reader = EpochReader(distribution, recorder, SavedPosition(EpochPosition(epoch, 0)))
+        _living.add(self)
 
     def __iter__(self) -> Self:
         return self
@@ -217,6 +220,24 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
         finally:
             if self._is_closed:  # by another thread, which may not have waited for this one
                 self._release()
+
+
+_living: weakref.WeakSet[DistributedIterator] = weakref.WeakSet()
+
+
+def _report() -> list[dict[str, Any]]:
+    """Return where each open iterator is, and how full its queue is."""
+    found = []
+    for iterator in list(_living):
+        if not iterator._is_closed:
+            stats, (epoch, position, _) = iterator.stats(), iterator._reader.epoch_position
+            about = {"iterator": repr(iterator), "epoch": epoch, "position": position}
+            about |= {"ready": stats.queue_depth, "prefetch": stats.prefetch}
+            found.append(about | {"headspace": stats.headspace})
+    return found
+
+
+ask_server.register_section("iterators", _report)
 
 
 class DistributedOptional:

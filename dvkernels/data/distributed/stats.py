@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -49,6 +50,8 @@ class InputStats:
     seconds_per_element : tuple of float
         Under ``balance="measured"``, the measured time of each local replica [s], without waits in
         collectives; empty until enough steps have been measured.
+    first_wait_seconds : float
+        Time spent in the first ``next`` [s], which is part of ``wait_seconds``.
     """
 
     num_batches: int
@@ -63,17 +66,37 @@ class InputStats:
     skipped: tuple[str, ...]
     shares: tuple[float, ...] = ()
     seconds_per_element: tuple[float, ...] = ()
+    first_wait_seconds: float = 0.0
+
+    @property
+    def headspace(self) -> float | None:
+        """How many times as fast the steps would be if data cost nothing; None before two batches.
+
+        Between the end of the first ``next`` and the end of the last, a time T passes, of which
+        the later calls of ``next`` take W. Without them the same steps take T - W, so the headspace
+        is T / (T - W): 1.0 where nothing is waited for, 2.0 where the input takes half of the time.
+        The first ``next`` is left out, which starts threads, opens files and compiles. What the
+        steps lose to threads that prefetch on the same cores is not in W, so the headspace is at
+        least this. Over several workers W contains waits for the input of other workers.
+        """
+        lasted = self.elapsed_seconds - self.first_wait_seconds
+        waited = self.wait_seconds - self.first_wait_seconds
+        if self.num_batches < 2 or lasted <= 0:
+            return None
+        return lasted / (lasted - waited) if waited < lasted else math.inf
 
 
 class StatsRecorder:
     """Recorder of the input statistics: of the times of the batches, and of skipped elements."""
 
-    __slots__ = ("_began", "_copied", "_ended", "_nbytes", "_num_batches", "_wait", "skips")
+    __slots__ = (
+        "_began", "_copied", "_ended", "_first_wait", "_nbytes", "_num_batches", "_wait", "skips"
+    )  # fmt: skip
 
     def __init__(self, on_error: str) -> None:
         self.skips = SkippedElements() if on_error == "skip" else None
         self._num_batches = self._nbytes = 0
-        self._wait = self._began = self._ended = self._copied = 0.0
+        self._wait = self._began = self._ended = self._copied = self._first_wait = 0.0
 
     def count_copy(self, seconds: float) -> None:
         """Add the time of a copy to devices."""
@@ -84,13 +107,16 @@ class StatsRecorder:
         now = time.perf_counter()
         if self._num_batches == 0:
             self._began = began
+            self._first_wait = now - began
         self._ended = now
         self._num_batches += 1
         self._wait += now - began
-        if tracing.active is not None:
-            tracing.active.add("next", "input", round(began * 1e9), {})
+        nbytes = 0
         for element in elements:
-            self._nbytes += nbytes_of(element)
+            nbytes += nbytes_of(element)
+        self._nbytes += nbytes
+        if tracing.active is not None:
+            tracing.active.add("next", "input", round(began * 1e9), {"bytes": nbytes})
         if self._num_batches == _WARN_AFTER_BATCHES:
             self._warn()
 
@@ -121,4 +147,5 @@ class StatsRecorder:
             skipped=() if skips is None else tuple(skips.listed),
             shares=() if balancer is None else balancer.shares,
             seconds_per_element=() if balancer is None else balancer.seconds_per_element,
+            first_wait_seconds=self._first_wait,
         )

@@ -19,6 +19,9 @@ from dvkernels.data.array_nest import Element
 from dvkernels.devices import cuda
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.devices.device import Device
+from dvkernels.devices.gpu_times import GpuSpan
+from dvkernels.profiler import tracing
+from dvkernels.profiler.memory_report import Holding
 
 __all__: list[str] = []
 
@@ -56,6 +59,8 @@ class _Slot:
             self.emptied.synchronize()
         self.host_buffer = self.arrays.pinned(nbytes)
         self.device_buffer = self.arrays.empty(self.device, (nbytes,), np.dtype(np.uint8))
+        places = "cpu:0", f"cuda:{self.device}"
+        self._holdings = [Holding(place, "staging", nbytes) for place in places]
         # The allocator may reuse memory that work on the current stream still accesses.
         self.emptied.record(self.arrays.current(self.device))
         self.capacity = nbytes
@@ -124,7 +129,11 @@ class DeviceCopier:
             staging = slot.host_buffer[begin : begin + array.nbytes]
             staging.view(array.dtype).reshape(array.shape)[...] = array
         copy_stream.wait_event(slot.emptied)
+        recording = tracing.active
+        span = None if recording is None else GpuSpan(recording, device, copy_stream.ptr)
         arrays.copy(slot.device_buffer[:nbytes], slot.host_buffer[:nbytes], copy_stream)
+        if span is not None:
+            span.end("copy", "copy", {"from": "host", "to": f"cuda:{device}", "bytes": nbytes})
         slot.uploaded.record(copy_stream)
         current_stream = arrays.current(device)
         current_stream.wait_event(slot.uploaded)

@@ -11,7 +11,7 @@ on purpose: ``shm_all_reduce`` (worker processes share host memory, not device m
 pipeline computes on the host) and ``compile_ahead`` (the kernels ship as PTX, which the driver
 assembles for the device at hand and keeps on disk; see ``engine/shipped_ptx.py``).
 
-Imports: devices, errors, kernels, reduce_op, schedules, threads.
+Imports: devices, errors, kernels, profiler, reduce_op, schedules, threads.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from dvkernels.benchmarks import core_usage
 from dvkernels.cli import digits, mlp, training_report
 from dvkernels.cli.compute_alone import ComputeAlone
 from dvkernels.cli.step_times import PARTS, StepTimes
 from dvkernels.cli.training_loop import TrainingConfig
+from dvkernels.profiler import core_usage
 
 
 def found(**changes):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import psutil
@@ -22,6 +23,7 @@ from kinds import daily, examples
 
 import dvkernels as dv
 from dvkernels.data.dataset import Dataset
+from dvkernels.data.distributed import stats as input_stats
 from dvkernels.data.distributed.dataset import DistributedDataset
 from dvkernels.errors import DatasetError, WorkerLostError
 
@@ -337,3 +339,23 @@ def test_the_time_of_copies_to_devices_is_counted_separately(monkeypatch):
         assert len(list(iterator)) == 3
         stats = iterator.stats()
     assert 0.03 <= stats.copy_seconds <= stats.wait_seconds
+
+
+@pytest.mark.parametrize(
+    ("calls", "headspace"),
+    [
+        ([(0, 9)], None),
+        ([(0, 9), (10, 11)], 2.0),  # of the 2 s after the first batch, 1 s was a wait
+        ([(0, 9), (12, 13), (16, 17)], 8 / 6),
+        ([(0, 9), (12, 12), (16, 16)], 1.0),
+        ([(0, 9), (9, 13)], float("inf")),
+    ],
+)
+def test_headspace_is_the_speed_up_of_steps_that_wait_for_no_data(monkeypatch, calls, headspace):
+    recorder = input_stats.StatsRecorder("raise")
+    for began, ended in calls:
+        clock = types.SimpleNamespace(perf_counter=lambda ended=ended: float(ended))
+        monkeypatch.setattr(input_stats, "time", clock)
+        recorder.count(float(began), [])
+    cursor = types.SimpleNamespace(fetch_seconds=None, num_ready=0)
+    assert recorder.stats(cursor, 0).headspace == headspace

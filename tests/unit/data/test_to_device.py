@@ -146,3 +146,14 @@ def test_arrays_that_are_not_numeric_stay_on_the_host():
     text = np.array(["a", "b"])
     (found,) = DeviceCopier([dv.Device("cuda", 0)], Gpu()).copy([[text]])
     assert found[0] is text
+
+
+def test_staging_buffers_are_in_the_memory_report():
+    gpu = Gpu(None)
+    copier = DeviceCopier([dv.Device("cuda", 77)], gpu)
+    copier.copy([[np.zeros(1000)]])
+    assert dv.profiler.memory().by_device["cuda:77"]["staging"] == 8000
+    del copier
+    report = dv.profiler.memory()
+    assert "cuda:77" not in report.by_device
+    assert report.peak_by_device["cuda:77"]["staging"] == 8000

@@ -23,6 +23,7 @@ import numpy as np
 from dvkernels.cluster import procfs
 from dvkernels.cluster.process_handle import ProcessHandle
 from dvkernels.devices.array_spec import HostArray
+from dvkernels.profiler.memory_report import Holding
 
 __all__: list[str] = []
 
@@ -55,6 +56,7 @@ class Segment:
     ) -> None:
         self.rank, self.size = rank, size
         self._memory = memory
+        self._holding = Holding("cpu:0", "staging", memory.nbytes // size)
         lines, texts, buffers_start = _layout(size)
         self._control = memory[:texts].view(np.int64).reshape(-1, _WORDS_PER_LINE)
         self._address = memory.ctypes.data

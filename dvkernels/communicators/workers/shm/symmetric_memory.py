@@ -23,6 +23,7 @@ from dvkernels.devices.array_spec import HostArray, Spec
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import direct, many
+from dvkernels.profiler.memory_report import Holding
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
 
@@ -82,6 +83,7 @@ class SymmetricMemory:
         self._rank, self._size = rank, size
         self._segments = segments
         self._open: list[tuple[HostArray, ...]] = []  # by segment: the bytes of every worker
+        self._holdings: list[Holding] = []  # of this worker's
         self._starts: list[tuple[int, int]] = []  # (own address, segment number), sorted
         self._free: list[tuple[int, int]] = []  # (offset, nbytes), sorted, none adjacent
         self._blocks: dict[int, tuple[int, int]] = {}  # by block number: (offset, nbytes)
@@ -148,6 +150,7 @@ class SymmetricMemory:
         bisect.insort(self._starts, (checks.address(found[self._rank]), len(self._open)))
         self._release(len(self._open) * _MAX_SEGMENT_NBYTES, nbytes)
         self._open.append(found)
+        self._holdings.append(Holding("cpu:0", "staging", nbytes))
         self._located.clear()
 
     def _allocate(

@@ -1,4 +1,4 @@
 """Engine of the CUDA kernels: launch tables, the loops over them, shipped PTX, compiler, launcher.
 
-Imports: devices, errors, kernels, reduce_op, schedules, threads.
+Imports: devices, errors, kernels, profiler, reduce_op, schedules, threads.
 """

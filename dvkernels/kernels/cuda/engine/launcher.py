@@ -15,10 +15,12 @@ import numpy as np
 
 from dvkernels.devices import cuda as devices
 from dvkernels.devices import driver
+from dvkernels.devices.gpu_times import GpuSpan
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import numba_import
 from dvkernels.kernels.cuda.engine import shipped_ptx, simulator, table_layout
 from dvkernels.kernels.cuda.engine.kernel import Kernel
+from dvkernels.profiler import tracing
 
 __all__ = [
     "LongTables",
@@ -100,6 +102,8 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
     except IndexError:
         arguments = driver.Arguments(_NUM_WORDS)
     arguments.words[:] = words
+    recording = tracing.active
+    span = None if recording is None else GpuSpan(recording, device, stream)
     try:
         _driver().launch(device, handle, blocks, kernel.launch_bounds[0], arguments, stream)
     except DeviceError:
@@ -107,6 +111,8 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
         _handles.pop((device, kernel), None)
         raise
     _free_arguments.append(arguments)
+    if span is not None:
+        span.end(kernel.entry, "kernel", {"blocks": blocks})
 
 
 def prepare(kernel: Kernel, device: int) -> int:

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from dvkernels.devices import cuda
+from dvkernels.devices.gpu_times import GpuSpan
 from dvkernels.kernels import checks, numba_import
 from dvkernels.kernels.cuda.engine import table_layout
 from dvkernels.kernels.cuda.engine.kernel import Kernel
+from dvkernels.profiler import tracing
 
 __all__ = ["IS_ON", "THREADS", "launch", "share_swaps"]
 
@@ -58,5 +60,9 @@ def launch(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
     arguments = (checks.address(table), *[0] * (table_layout.NUM_WORDS - 1))
     function, target = kernel.build(), numba_import.module("numba.cuda")
     with _simulating:
+        recording = tracing.active
+        span = None if recording is None else GpuSpan(recording, 0, 0)
         simulated: Any = target.jit(function)
         simulated[blocks, kernel.launch_bounds[0]](arguments)
+        if span is not None:
+            span.end(kernel.entry, "kernel", {"blocks": blocks})

@@ -1,0 +1,105 @@
+"""Observed calls of collectives: with the hooks of the profiler around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter_ns
+from typing import Any
+
+from dvkernels.profiler import collective_hooks, tracing
+from dvkernels.profiler.collective_hooks import CollectiveEvent, Observer
+from dvkernels.replicas.collective_call import CollectiveCall
+from dvkernels.replicas.step_state import StepState
+
+__all__: list[str] = []
+
+
+def meet(
+    step: StepState, replica: int, request: CollectiveCall, perform: Callable[..., Any]
+) -> Any:
+    """Return the result of ``perform`` for a replica's call, between the hooks."""
+    observers = collective_hooks.active or ()
+    event = begun(step, replica, request, observers)
+    try:
+        result = perform(step, replica, request, True)
+    except BaseException as error:
+        abort(event, error, observers)
+        raise
+    _finish(step, replica, event, observers)
+    return result
+
+
+def await_pending(
+    step: StepState, replica: int, event: CollectiveEvent, wait: Callable[[], Any]
+) -> Any:
+    """Return the result of a call that has been issued, and call the hooks of its end."""
+    observers = collective_hooks.active or ()
+    recording = tracing.active
+    began = 0 if recording is None else recording.begin("wait")
+    try:
+        result = wait()
+    except BaseException as error:
+        abort(event, error, observers)
+        raise
+    finally:
+        if recording is not None:
+            recording.end("wait", "collective", began, event)
+    _finish(step, replica, event, observers)
+    return result
+
+
+def begun(
+    step: StepState, replica: int, request: CollectiveCall, observers: Sequence[Observer]
+) -> CollectiveEvent:
+    """Return the event of a replica's call, after the hooks ``before``.
+
+    An error of a hook ends the step in all replicas, whatever this one does with it.
+    """
+    event = CollectiveEvent(request, step.label, step.global_rank(replica), step)
+    try:
+        for observer in observers:
+            observer.before(event)
+    except BaseException as error:
+        step.fail(error, replica)
+        abort(event, error, observers)
+        raise
+    return event
+
+
+def _finish(
+    step: StepState, replica: int, event: CollectiveEvent, observers: Sequence[Observer]
+) -> None:
+    event.ended = perf_counter_ns()
+    try:
+        for observer in observers:
+            observer.after(event)
+    except BaseException as error:
+        step.fail(error, replica)
+        raise
+
+
+def abort(event: CollectiveEvent, error: BaseException, observers: Sequence[Observer]) -> None:
+    """Call the hooks ``abort`` with an error."""
+    event.ended, event.error = perf_counter_ns(), error
+    try:
+        for observer in observers:
+            observer.abort(event)
+    finally:
+        event.error = None  # the trace keeps the event, and should not keep the error's frames
+
+
+def perform(
+    step: StepState, first: CollectiveCall, payloads: list[Any], in_background: bool
+) -> Sequence[Any]:
+    """Carry out a collective for all replicas, as a span of the trace, if there is one.
+
+    On the thread of a replica the span lies inside that of the replica's call, which describes it.
+    """
+    recording, arrange = tracing.active, step.perform
+    began = 0 if recording is None else recording.begin("reduce")
+    try:
+        return first.act(payloads) if arrange is None else arrange(first.act, payloads)
+    finally:
+        if recording is not None:
+            event = CollectiveEvent(first, step.label, 0, step) if in_background else None
+            recording.end("reduce", "collective", began, event)
