@@ -24,14 +24,11 @@ from dvkernels.kernels.cuda.engine.kernel import Kernel  # noqa: E402
 
 _PACKAGES = ("numba-cuda", "numba", "llvmlite", "nvidia-nvvm")
 _COMPILER = "dvkernels.kernels.cuda.engine.compiler"
-# What the kernels are made of, besides modules of this folder.
-_FOLDER, _OTHERS = (
-    "dvkernels.kernels.cuda.",
-    {
-        "dvkernels.kernels.arithmetic",
-        "dvkernels.schedules.partition",
-    },
-)
+# What the kernels are made of, besides modules of this folder; and modules there that change no
+# kernel: they import the compiler, check functions of users, and simulate.
+_FOLDER = "dvkernels.kernels.cuda."
+_OTHERS = {"dvkernels.kernels.arithmetic", "dvkernels.schedules.partition"}
+_WITHOUT_EFFECT = {f"{_FOLDER}engine.{name}" for name in ("cuda_target", "operations", "simulator")}
 
 
 def sources() -> list[str]:
@@ -44,7 +41,7 @@ def sources() -> list[str]:
     pending, found = [*builders, _COMPILER, catalogue.__name__], set()
     while pending:
         module = pending.pop()
-        if module in found or not _path(module).exists():
+        if module in found | _WITHOUT_EFFECT or not _path(module).exists():
             continue
         found.add(module)
         for node in ast.walk(ast.parse(_path(module).read_text("utf-8"))):
@@ -83,7 +80,10 @@ def main() -> None:
     begun_with = shipped_ptx.digest(sources())
     numbers = range(len([*catalogue.shipped()]))
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        packed = dict(pool.imap_unordered(_pack, numbers))
+        packed = {}
+        for name, content in pool.imap_unordered(_pack, numbers):
+            packed[name] = content
+            print(f"{len(packed)} of {len(numbers)}: {name}", flush=True)
     if shipped_ptx.digest(sources()) != begun_with:
         sys.exit("the sources have been edited meanwhile: nothing was written, start again")
     shipped_ptx.FOLDER.mkdir(exist_ok=True)
