@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -88,6 +89,7 @@ def check_dtype(verb: str, op: Reduction, dtype: np.dtype[Any]) -> None:
     raise UnsupportedDTypeError(f"{verb}: {op.name} is not defined for {dtype}: {remedy}")
 
 
+@functools.cache
 def is_half(dtype: np.dtype[Any]) -> bool:
     """Return whether ``dtype`` is float16 or bfloat16, which is summed in float32, rounded once."""
     return dtype.itemsize == 2 and kind(dtype) == "f"

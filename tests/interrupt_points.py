@@ -39,6 +39,7 @@ import fork_server
 SECONDS_TO_END = 12.0  # of one process; its waits have a timeout of a few seconds
 TIMEOUT_SECONDS = "3"  # DVKERNELS_TIMEOUT_SECONDS of the processes
 MOST_SECONDS = 3600.0  # for all points
+OPAQUE: tuple[str, ...] = ()  # ends of the file names of doubles of C; set by a program
 
 
 class Broken(NamedTuple):
@@ -115,6 +116,19 @@ def broken_in(
     return report
 
 
+def _events_of(frame: Any) -> tuple[str, ...]:
+    """Return the events of a frame at which CPython may run a handler of signals.
+
+    A double whose module is in ``OPAQUE`` stands for C: only its return is such an event.
+    """
+    if not OPAQUE:
+        return ("call", "c_return")
+    if frame.f_code.co_filename.endswith(OPAQUE):
+        is_inside = frame.f_back.f_code.co_filename.endswith(OPAQUE)
+        return () if is_inside else ("return",)
+    return ("call", "c_return")
+
+
 class Striking:
     """Profile hook that raises KeyboardInterrupt at one point of a call, and counts the points.
 
@@ -131,7 +145,7 @@ class Striking:
         here = sys._getframe()
 
         def look(frame: Any, event: str, called: Any) -> None:
-            if frame is here or event not in ("call", "c_return"):
+            if frame is here or event not in _events_of(frame):
                 return
             if self.count == self.at:
                 sys.setprofile(None)

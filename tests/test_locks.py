@@ -23,7 +23,8 @@ MAKERS = {"Lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore", "alloca
 # Modules that take a lock by ``with``, and why the main thread's interrupts may not matter there.
 EXCEPTIONS = {
     "kernels/cpu/engine/thread_pool.py": "beyond_interrupts starts the helpers, on another thread",
-    "kernels/cuda/engine/launcher.py": "one kernel at a time in the simulator, which is for tests",
+    "kernels/cuda/engine/cuda_target.py": "numba-cuda is imported by beyond_interrupts, too",
+    "kernels/cuda/engine/simulator.py": "it is for tests, and runs one kernel at a time",
     "kernels/numba_import.py": "modules are imported by beyond_interrupts, on a thread of its own",
 }
 

@@ -83,6 +83,10 @@ else:
         weakref.finalize(handle, os.close, descriptor).atexit = False
         if is_gone():  # the descriptor may be of a later process
             return lambda: True
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        return lambda: bool(poll.poll(0))
+
+        def has_ended() -> bool:
+            poll = select.poll()  # two threads must not share one
+            poll.register(descriptor, select.POLLIN)
+            return bool(poll.poll(0))
+
+        return has_ended

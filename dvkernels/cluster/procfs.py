@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -95,11 +96,12 @@ def this_host() -> int:
 
 
 def this_process_namespace() -> int:
-    """Return a number of the namespace of this process's id; 0 where there are none."""
-    try:
-        return os.stat(_PROC / "self/ns/pid").st_ino
-    except OSError:
-        return 0
+    """Return a number of the namespaces of this process's id and start time; 0 without any."""
+    found = ""
+    for name in ("pid", "time"):
+        with contextlib.suppress(OSError):
+            found += os.readlink(_PROC / "self/ns" / name)
+    return number_of(found) if found else 0
 
 
 def number_of(text: str) -> int:

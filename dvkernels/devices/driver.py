@@ -105,7 +105,7 @@ class Driver(DriverCalls):
                 self.check("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(awaited))
                 self.check("cuStreamWaitEvent", ctypes.c_void_p(waiting), ctypes.c_void_p(event), 0)
             finally:  # the driver keeps what streams still need
-                self.check("cuEventDestroy_v2", ctypes.c_void_p(event))
+                self.library.cuEventDestroy_v2(ctypes.c_void_p(event))
 
     def copy_each(
         self,
@@ -221,7 +221,7 @@ class Driver(DriverCalls):
                 code = function(ctypes.c_void_p(event), ctypes.c_void_p(stream))
                 self.raise_for("cuEventRecord", code)
         finally:
-            self.check("cuCtxSetCurrent", previous_context)
+            self.library.cuCtxSetCurrent(previous_context)
 
     def wait_for(self, lanes: Iterable[tuple[int, int, int]]) -> None:
         """Let each stream wait for an event of any device: (device, stream, event)."""
@@ -232,7 +232,7 @@ class Driver(DriverCalls):
                 code = function(ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
                 self.raise_for("cuStreamWaitEvent", code)
         finally:
-            self.check("cuCtxSetCurrent", previous_context)
+            self.library.cuCtxSetCurrent(previous_context)
 
     def destroy(self, device: int, event: int) -> None:
         """Destroy an event of a device; streams that wait for it are not affected."""
@@ -278,7 +278,7 @@ class Driver(DriverCalls):
             )  # fmt: skip
         finally:
             if is_elsewhere:
-                self.check("cuCtxSetCurrent", previous_context)
+                self.library.cuCtxSetCurrent(previous_context)
         self.raise_for("cuLaunchKernel", code)
 
     def _pointer_attribute(self, attribute: int, address: int) -> int:

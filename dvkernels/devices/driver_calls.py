@@ -48,11 +48,11 @@ class DriverCalls:
         if previous_context.value == context.value:
             yield
             return
-        try:  # an interrupt behind the first call restores the context too
+        try:  # calls of C in the last clause: no interrupt comes before them
             self.check("cuCtxSetCurrent", context)
             yield
         finally:
-            self.check("cuCtxSetCurrent", previous_context)
+            self.library.cuCtxSetCurrent(previous_context)
 
     @contextlib.contextmanager
     def beside_captures(self, device: int) -> Iterator[None]:
@@ -68,7 +68,7 @@ class DriverCalls:
             try:
                 yield
             finally:
-                self.exchange_capture_mode(mode)
+                self.library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
     def exchange_capture_mode(self, mode: ctypes.c_int) -> None:
         """Exchange the capture mode of this thread with ``mode``."""

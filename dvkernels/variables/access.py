@@ -69,4 +69,7 @@ def write_together(
     replica: ReplicaContext,
 ) -> None:
     """Write a variable together with all replicas; the last one to arrive calls ``act``."""
+    if replica is LONE_REPLICA:  # it has nobody to meet, also in a forked process
+        act([payload])
+        return
     replica.meet(CollectiveCall(f"Variable.{verb}", (copies.name, Same(id(copies))), payload, act))

@@ -186,13 +186,16 @@ def _apply(copies: Copies, verb: str, changes: Sequence[_RowChange], divisor: in
     arrays, memory = copies.arrays_to_scatter(), copies.memory
     if memory is array_memory.HOST and debugging.active is None:
         kernel, dtype = backends.row_updates(), arrays[0].dtype
-        if kernel.takes(verb, dtype) and not _rounds_twice(verb, dtype, changes):
+        if kernel.runner(verb, dtype) is not None:
+            is_half = reduce_op.is_half(dtype)  # of which a list is rounded once
             writes = [
                 kernel.RowWrite(
                     [arrays[k] for k in change.copies], indices, _apart(updates, arrays)
                 )
                 for change in changes
-                for indices, updates in change.parts
+                for indices, updates in (
+                    [_concatenated(copies, change.parts)] if is_half else change.parts
+                )
             ]
             kernel.update_rows(verb, writes, divisor)
             return
@@ -207,14 +210,6 @@ def _apply(copies: Copies, verb: str, changes: Sequence[_RowChange], divisor: in
     if debugging.active is not None:
         check_written(copies, values)
     memory.overwrite_rows(targets, rows, values)
-
-
-def _rounds_twice(verb: str, dtype: np.dtype[Any], changes: Sequence[_RowChange]) -> bool:
-    """Return whether updates one after another would round the half numbers of a row twice."""
-    if verb in _NOT_ADDITIVE or not reduce_op.is_half(dtype):
-        return False
-    each = [np.concatenate([given.indices for given in change.parts]) for change in changes]
-    return any(len(np.unique(indices)) < len(indices) for indices in each)
 
 
 def _apart(updates: HostArray, arrays: Sequence[Any]) -> HostArray:

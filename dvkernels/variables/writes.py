@@ -8,7 +8,7 @@ from dvkernels import pytree, reduce_op
 from dvkernels.errors import ContextError, SynchronizationError
 from dvkernels.replicas.collective_call import CollectiveCall, Same
 from dvkernels.user_errors import brief
-from dvkernels.variables.access import calling_replica
+from dvkernels.variables.access import LONE_REPLICA, calling_replica
 from dvkernels.variables.copies import Copies, commit_together
 from dvkernels.variables.modes import VariableSynchronization
 from dvkernels.variables.synchronization import SYNC_MODES
@@ -226,7 +226,7 @@ def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
         commit_together(writes)
         return [None] * len(payloads)
 
-    if replica is None:
+    if replica is None or replica is LONE_REPLICA:
         act([])
         return
     terms = (reduction.value, *(t for c in listed for t in (c.name, Same(id(c)))))

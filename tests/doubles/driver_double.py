@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
 import threading
+from types import SimpleNamespace
+
+import numpy as np
+
+from dvkernels.devices import cuda, driver
+from dvkernels.devices.driver import Driver
 
 DEFAULT_STREAMS = (0, 1, 2)
 NO_CONTEXT, INVALID_HANDLE = 201, 400
@@ -29,7 +36,7 @@ class DriverLibrary:
         self._thread = threading.local()
         self._num_devices, self._handles = num_devices, itertools.count(1000)
         self.calls, self.streams, self.events, self.memory = [], {}, {}, {}
-        self.past, self.launched = {}, []
+        self.past, self.launched, self.epochs = {}, [], []
         self.captured, self.is_invalidated = set(), False
 
     # -- what the test does ----------------------------------------------------------------------
@@ -69,6 +76,7 @@ class DriverLibrary:
                 return self._invalidate(UNSUPPORTED)
             return getattr(self, f"_{name}", lambda *_: 0)(*args) or 0
 
+        setattr(self, name, function)  # as a CDLL does
         return function
 
     def _invalidate(self, code):
@@ -172,5 +180,94 @@ class DriverLibrary:
         if place is None:
             return INVALID_HANDLE
         self.launched.append(place)
+        # Of a launch between GPUs: behind the mark of a short table and the program's address.
+        self.epochs.append((ctypes.c_int64 * 3).from_address(rest[-1][1])[2])
         self.work(*place, len(self.launched))
         return 0
+
+
+class Array:
+    """Double of a CuPy array on GPUs of the double."""
+
+    def __init__(self, gpus, device, length=40, skip=0, dtype="f4"):
+        self.shape, self.dtype = (length,), np.dtype(dtype)
+        self.strides = (self.dtype.itemsize,)
+        start = gpus.driver.allocate(device, length * self.dtype.itemsize + skip)
+        self.data = SimpleNamespace(ptr=start + skip, device_id=device)
+        self.device = SimpleNamespace(id=device)
+
+
+class Tensor:
+    """Double of a tensor of PyTorch."""
+
+    is_cuda, dtype = True, "torch.float32"
+
+    def __init__(self, address, shape, device=0):
+        self.shape, self.device, self._address = tuple(shape), device, address
+
+    def data_ptr(self):
+        return self._address
+
+    def stride(self):
+        return (1,)
+
+    def get_device(self):
+        return self.device
+
+    def is_conj(self):
+        return False
+
+    is_neg = is_conj
+
+
+Array.__module__, Array.__name__ = "cupy", "ndarray"
+Tensor.__module__ = "torch"
+
+
+class Gpus:
+    """Two GPUs; each library has a current stream on each of them."""
+
+    def __init__(self, patch):
+        self.library = DriverLibrary()
+        self.driver = Driver(self.library)
+        self.current = {0: 0, 1: 0}
+        self.loaded = {}
+        patch.setattr(driver, "find", lambda: self.driver)
+        patch.setattr(cuda, "_installed", lambda: ("numba-cuda", "cupy-cuda13x"))
+        patch.setattr(cuda, "missing", lambda: "")
+        patch.setattr(cuda, "arrays", lambda: self)
+        from dvkernels.kernels.cuda.engine import launcher
+        from dvkernels.kernels.cuda.multi_gpu import all_reduce
+
+        patch.setattr(all_reduce, "_groups", {})
+        patch.setattr(launcher, "_handles", self.loaded)
+        patch.setattr(launcher, "prepare", self.prepare)
+        stream_of = SimpleNamespace(
+            get_current_stream=lambda device: SimpleNamespace(ptr=self.current[device]),
+            current_stream=lambda device: SimpleNamespace(cuda_stream=self.current[device]),
+        )
+        patch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=stream_of))
+        torch = SimpleNamespace(cuda=stream_of, empty=self.torch_empty)
+        patch.setitem(sys.modules, "torch", torch)
+
+    def prepare(self, kernel, device):
+        if (device, kernel) not in self.loaded:
+            self.loaded[device, kernel] = self.driver.load(device, b"", "") or 7
+        return self.loaded[device, kernel]
+
+    def empty(self, device, shape, dtype, stream=None):
+        before, self.library.current = self.library.current, device
+        found = SimpleNamespace(_obj=SimpleNamespace(value=0))
+        assert self.library.cuMemAlloc_v2(found, SimpleNamespace(value=256)) == 0
+        self.library.current = before
+        array = Array(self, device, shape[0], dtype=dtype)
+        return array
+
+    def torch_empty(self, shape, dtype, device):
+        """Return a tensor of a pool that allocates during captures too."""
+        return Tensor(self.driver.allocate(device, 4 * shape[0]), shape, device)
+
+    def streams(self):
+        """Make new streams current on both GPUs."""
+        self.current = {device: self.library.stream(device) for device in range(2)}
+        return [*self.current.items()]

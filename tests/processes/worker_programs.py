@@ -389,6 +389,7 @@ def variables(num_local: str, over: str) -> None:
             first = dv.Variable(10.0 + mine, aggregation="only_first_replica")
             table = dv.Variable(np.zeros(count), aggregation="sum")
             mean = dv.Variable(np.zeros(count), aggregation="mean")
+            halves = dv.Variable(np.zeros((2, count), np.float16), aggregation="mean")
             total = dv.Variable(0.0, synchronization="on_read", aggregation="sum")
             own = dv.Variable(0.0, synchronization="none")
         assert float(first) == 10.0, "the initial value is the chief's"
@@ -401,12 +402,16 @@ def variables(num_local: str, over: str) -> None:
             updates = np.full(here + 1, 1.0)  # replica r adds r + 1 times to row r
             table.scatter_add([here] * (here + 1), updates)
             mean.scatter_add([here] * (here + 1), updates)
+            halves.scatter_sub([1] * here, np.full((here, count), 0.1, np.float16))
             own.assign(float(here))
 
         strategy.run(write)
         assert float(first) == 0.0, "ONLY_FIRST_REPLICA is global replica 0"
         np.testing.assert_array_equal(table, np.arange(1.0, count + 1))
         np.testing.assert_allclose(mean, np.arange(1.0, count + 1) / count)
+        part = np.float32(np.float16(0.1)) / np.float32(count)  # rounded once, at the end
+        summed = np.add.accumulate([np.float32(0)] + [-part] * (count * (count - 1) // 2))[-1]
+        np.testing.assert_array_equal(halves, [[0] * count, [np.float16(summed)] * count])
         total.assign(6.0)
         assert float(total) == 6.0, "ON_READ, SUM: the copies of all workers hold the total"
         np.testing.assert_allclose([float(v) for v in total.values], 6.0 / count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -99,3 +100,10 @@ def test_all_that_it_uses_of_the_library_is_there():
     missing = [f"{m}.{name}" for m, name in used if m in modules and not hasattr(modules[m], name)]
     assert len(modules) > 10
     assert not missing
+    overridden = next(node for node in ast.walk(tree) if getattr(node, "name", "") == "Forgetful")
+    for method in overridden.body:
+        taken = inspect.signature(getattr(modules["peer_access"].PeerAccess, method.name))
+        assert [argument.arg for argument in method.args.args] == [*taken.parameters]
+    in_groups = inspect.getsource(modules["group"])
+    assert not [name for of, name in used if of == "own" and f"self.{name}" not in in_groups
+                and f"def {name}(" not in in_groups]  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import threading
 import types
 
 import ml_dtypes
@@ -259,3 +261,32 @@ def test_arrays_of_jax_are_not_overwritten():
     arrays = [OfJax(np.ones(3), []) for _ in range(2)]
     with pytest.raises(errors.BufferMismatchError, match="read-only"):
         kernels.all_reduce(arrays)
+
+
+def test_a_function_of_another_module_is_run_by_several_threads_of_a_block():
+    cuda_of = importlib.import_module("dvkernels.kernels.cuda.engine.cuda_target").cuda
+    other = types.ModuleType("other")
+    other.cuda, other.has_entered, other.has_returned = (
+        cuda_of, threading.Event(), threading.Event()
+    )  # fmt: skip
+    exec(
+        "def own_index():\n"
+        "    if cuda.threadIdx.x == 0:\n"
+        "        has_entered.wait(10)\n"
+        "        return 0\n"
+        "    has_entered.set()\n"
+        "    has_returned.wait(10)\n"
+        "    return cuda.threadIdx.x\n",
+        vars(other),
+    )
+    own_index = cuda_of.jit(device=True)(other.own_index)
+    found = np.full(2, -1)
+
+    def run(found):
+        index = own_index()
+        found[index] = index
+        other.has_returned.set()
+
+    cuda_of.jit(run)[1, 2](found)
+    assert found.tolist() == [0, 1]
+    assert other.cuda is cuda_of

@@ -11,6 +11,8 @@ from dvkernels.communicators.base import Workers
 from dvkernels.communicators.nccl.watchdog import Watchdog
 from dvkernels.devices import cuda
 from dvkernels.errors import CollectiveTimeoutError, DeviceError, WorkerLostError
+from dvkernels.kernels.cuda.engine import launcher
+from dvkernels.user_errors import describe
 
 __all__: list[str] = []
 
@@ -54,6 +56,7 @@ class NcclComms:
         self._workers = workers
         self._lock = threading.RLock()  # NCCL accepts calls of one thread at a time
         self._comms: list[Any] = []
+        self._failure = ""  # not empty: why NCCL has been aborted
         self._join(ranks, size, unique_id)
         self._watchdog: Watchdog | None = None
         if workers.size > 1:
@@ -111,8 +114,10 @@ class NcclComms:
                     f"another thread of worker {self._workers.rank} has been in a call of NCCL for "
                     f"{seconds:g} s"
                 )
+            if self._failure:
+                raise WorkerLostError(f"{self._failure}, so NCCL was aborted: make a new strategy")
             if self._watchdog is None:
-                self._enqueue(call)
+                self._enqueue_alone(text, call)
                 return
             with self._watchdog.watch(text, self) as events:
                 self._enqueue(call)
@@ -127,11 +132,29 @@ class NcclComms:
             except RuntimeError:  # not ours
                 pass
 
+    def _enqueue_alone(self, text: str, call: Callable[[int, Any, int], None]) -> None:
+        """Enqueue a call of one process; if it is left half-way, no rank waits for the others."""
+        try:
+            self._enqueue(call)
+        except BaseException as error:
+            self._failure = f"{text} was left half-way ({describe(error)})"
+            self._abort()
+            raise
+
     def _enqueue(self, call: Callable[[int, Any, int], None]) -> None:
-        with self._group():
-            for k, (device, comm) in enumerate(zip(self._devices, self._comms, strict=True)):
-                with self._arrays.at(device):
-                    call(k, comm, self._arrays.current(device).ptr)
+        try:
+            # Kernels between GPUs that another thread launches at the same time would stand before
+            # these on one GPU and behind them on another, and both would wait.
+            launcher.launching.acquire()
+            with self._group():
+                for k, (device, comm) in enumerate(zip(self._devices, self._comms, strict=True)):
+                    with self._arrays.at(device):
+                        call(k, comm, self._arrays.current(device).ptr)
+        finally:
+            try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+                launcher.launching.release()
+            except RuntimeError:  # not acquired: the wait was interrupted
+                pass
 
     @contextlib.contextmanager
     def _group(self) -> Iterator[None]:

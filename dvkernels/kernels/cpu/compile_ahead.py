@@ -40,5 +40,5 @@ def compile_all() -> None:
     )
     for rule, real in itertools.product(rules, (np.float32, np.float64)):
         optimizer_rules.runner(rule, np.dtype(real))
-    row_updates.compile_all(map(interop.dtype_named, _DTYPES))
+    row_updates.compile_all([interop.dtype_named(name) for name in _DTYPES])
     jit.ahead()

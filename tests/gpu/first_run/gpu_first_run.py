@@ -245,7 +245,7 @@ def attributes(kernel, device=0):
     from dvkernels.kernels.cuda.engine import launcher
 
     handle = ctypes.c_void_p(launcher.prepare(kernel, device))
-    library = driver()._library
+    library = driver().library
     driver().enter(device)
     found = {}
     for name, number in (("shared", 1), ("local", 3), ("registers", 4)):
@@ -368,27 +368,40 @@ def first(data, _):
     lap("second_call")
     right = np.sum(host, axis=0)
     assert all((gpu.host(one) == right).all() for one in buffers), "a wrong sum"
-    if not DRY:
-        image = shipped_ptx.find(kernel, found.capability(0))
-        lap("find_shipped")
-        if image is not None:
-            found.load(0, image, kernel.entry)
-            lap("load_shipped_again")
-        data["attributes"] = attributes(kernel)
-        data["multiprocessors"] = found.num_multiprocessors(0)
-        data["resident_blocks"] = launcher.num_resident(kernel, 0)
-        from dvkernels.kernels.cuda.engine import compiler
+    if DRY:
+        return
+    data["loaded_numba"] = "numba" in sys.modules
+    image = shipped_ptx.find(kernel, found.capability(0))
+    lap("find_shipped")
+    if image is not None:
+        found.load(0, image, kernel.entry)
+        lap("load_shipped_again")
+    data["attributes"] = attributes(kernel)
+    data["multiprocessors"] = found.num_multiprocessors(0)
+    data["resident_blocks"] = launcher.num_resident(kernel, 0)
+    save(data)
+    try:
+        by_numba(data, lap, kernel)
+    except Exception as error:  # such as no compiler: what ships needs none
+        data["by_numba"] = f"{type(error).__name__}: {error}"[:600]
 
-        data["numba_cuda_file"] = getattr(importlib.import_module("numba.cuda"), "__file__", "?")
-        lap("import_compiler")
-        compiled = compiler.compile_to_ptx(kernel, found.capability(0))
-        lap("to_ptx")
-        data["ptx"] = re.findall(r"^\.(?:version|target) .*$", compiled.ptx, re.M)
-        image = compiler.assemble(compiled, found.capability(0))
-        lap("to_cubin")
-        data["cubin_bytes"] = len(image)
-        found.load(0, image, compiled.name)
-        lap("load")
+
+def by_numba(data, lap, kernel):
+    """Compile a kernel here, as that of a custom reduction is, and load it."""
+    lap("attributes")
+    from dvkernels.kernels.cuda.engine import compiler
+
+    data["numba_cuda_file"] = getattr(importlib.import_module("numba.cuda"), "__file__", "?")
+    lap("import_compiler")
+    capability = driver().capability(0)
+    compiled = compiler.compile_to_ptx(kernel, capability)
+    lap("to_ptx")
+    data["ptx"] = re.findall(r"^\.(?:version|target) .*$", compiled.ptx, re.M)
+    image = compiler.assemble(compiled, capability)
+    lap("to_cubin")
+    data["cubin_bytes"] = len(image)
+    driver().load(0, image, compiled.name)
+    lap("load")
 
 
 def _sum_in_order(gpu, buffers, is_half):
@@ -1137,17 +1150,16 @@ def merge(parts, out):
         for key in (
             "missing", "device", "numba_cuda_alone", "cuda_kernels", "attributes",
             "attributes_float32", "attributes_bfloat16", "attributes_adam", "adam",
-            "blocks_a_multiprocessor", "by_size_mib", "variants", "from_python", "in_a_graph_us",
-            "graph_leaves",
+            "loaded_numba", "by_numba", "waves", "by_size_mib", "variants",
+            "from_python", "in_a_graph_us", "graph_leaves",
             "torch_graph_leaves", "x2", "x4", "x8", "checked", "failed", "failures", "protocols",
             "us_a_call", "deadline", "deadline_seconds", "abort", "abort_seconds", "torch", "numba",
             "jax", "jax bfloat16", "packages", "libnvvm", "libnvJitLink",
         ):  # fmt: skip
             if key in one and one[key] not in ([], "", None):
                 lines.append(f"   {key}: {json.dumps(one[key], default=str)[:1200]}")
-        for key in ("seconds_first_call", "seconds_to_ptx", "seconds_to_cubin"):
-            if key in one:
-                lines.append(f"   {key}: {one[key]}")
+        spent = {key[8:]: one[key] for key in one if key.startswith("seconds_")}
+        lines += [f"   seconds: {json.dumps(spent)}"] * bool(spent)
         if name.startswith(("pytest", "sanitize", "ncu", "train")):
             text = json.dumps(one.get("train") or one.get("info") or "")[:800]
             tail = [row for row in one.get("log", "").splitlines() if row.strip()][-14:]

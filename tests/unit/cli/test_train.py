@@ -17,8 +17,9 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 import dvkernels as dv
-from dvkernels.cli import digits, main, mlp, training_loop
+from dvkernels.cli import digits, info, main, mlp, training_loop
 from dvkernels.kernels import compile_cache
+from dvkernels.kernels.cuda.engine import shipped_ptx
 from dvkernels.replicas import thread_limits
 
 KEYS = {
@@ -194,6 +195,9 @@ def test_info_computes_on_every_device(capsys):
     (threads_line,) = [line for line in lines if line.startswith("threads: ")]
     assert f"at most {share} in each of {replicas} replicas" in threads_line
     assert all(name in threads_line for name in found["threads"]["libraries"])
+    assert found["cuda_kernels"] == shipped_ptx.described()
+    info._print_machine({**found, "cuda": "found"})  # where there is a GPU
+    assert f"\nkernels of GPUs: {found['cuda_kernels']}\n" in capsys.readouterr().out
 
 
 def test_info_says_when_nothing_limits_the_threads(capsys, monkeypatch):

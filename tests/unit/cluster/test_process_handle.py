@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -44,3 +45,9 @@ def test_no_descriptor_is_left(handle):
     for _ in range(3):
         assert handle(os.getpid()).is_alive()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_several_threads_ask_at_once(handle):
+    found = handle(os.getpid())
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: found.is_alive(), range(4000)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from nccl_double import Arrays, Library, can_move, gpus, placed
@@ -9,7 +11,8 @@ from nccl_double import Arrays, Library, can_move, gpus, placed
 import dvkernels as dv
 from dvkernels.communicators.nccl.communicator import Nccl
 from dvkernels.devices import cuda
-from dvkernels.errors import AlgorithmError, DeviceError
+from dvkernels.errors import AlgorithmError, DeviceError, WorkerLostError
+from dvkernels.kernels.cuda.engine import launcher
 from dvkernels.testing import check_communicator
 
 
@@ -37,6 +40,41 @@ def test_reductions(three, dtype, op):
     for found, part in zip(nccl.reduce_scatter(values, op), np.array_split(right, 3), strict=True):
         np.testing.assert_array_equal(found, part)
     assert library.num_groups == 3
+
+
+def test_no_other_thread_launches_between_the_ranks_of_a_call(three, monkeypatch):
+    nccl, library = three
+    group_start, is_free = library.groupStart, []
+
+    def start():
+        ask = lambda: is_free.append(launcher.launching.acquire(blocking=False))  # noqa: E731
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        group_start()
+
+    library.groupStart = start
+    nccl.all_reduce(parts(), dv.ReduceOp.SUM)
+    assert is_free == [False]
+    assert launcher.launching.acquire(blocking=False)
+    launcher.launching.release()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_call_that_is_left_half_way_ends_the_ranks_that_were_enqueued(three, error):
+    nccl, library = three
+    library.is_patient = False
+    comms = nccl._comms._comms
+
+    def fail(*_):
+        raise error
+
+    comms[1].allReduce = fail
+    with pytest.raises(error):
+        nccl.all_reduce(parts(), dv.ReduceOp.SUM)
+    assert all(comm.is_aborted for comm in comms)
+    with pytest.raises(WorkerLostError, match=r"left half-way.*make a new strategy"):
+        nccl.all_reduce(parts(), dv.ReduceOp.SUM)
 
 
 def test_a_mean_is_a_sum_divided_once(three):

@@ -3,107 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 import threading
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from driver_double import DriverLibrary
+from driver_double import Array, Gpus, Tensor
 
 from dvkernels import errors, kernels
-from dvkernels.devices import cuda, driver
-from dvkernels.devices.driver import Driver
+from dvkernels.devices import driver
 from dvkernels.kernels.cuda.engine import simulator
-from dvkernels.kernels.cuda.multi_gpu import all_reduce
 
 pytestmark = pytest.mark.skipif(simulator.IS_ON, reason="has a driver of its own")
-
-
-class Array:
-    """Double of a CuPy array."""
-
-    def __init__(self, gpus, device, length=40, skip=0, dtype="f4"):
-        self.shape, self.dtype = (length,), np.dtype(dtype)
-        self.strides = (self.dtype.itemsize,)
-        start = gpus.driver.allocate(device, length * self.dtype.itemsize + skip)
-        self.data = SimpleNamespace(ptr=start + skip, device_id=device)
-        self.device = SimpleNamespace(id=device)
-
-
-class Tensor:
-    """Double of a tensor of PyTorch."""
-
-    is_cuda, dtype = True, "torch.float32"
-
-    def __init__(self, address, shape, device=0):
-        self.shape, self.device, self._address = tuple(shape), device, address
-
-    def data_ptr(self):
-        return self._address
-
-    def stride(self):
-        return (1,)
-
-    def get_device(self):
-        return self.device
-
-    def is_conj(self):
-        return False
-
-    is_neg = is_conj
-
-
-Array.__module__, Array.__name__ = "cupy", "ndarray"
-Tensor.__module__ = "torch"
-
-
-class Gpus:
-    """Two GPUs; each library has a current stream on each of them."""
-
-    def __init__(self, monkeypatch):
-        self.library = DriverLibrary()
-        self.driver = Driver(self.library)
-        self.current = {0: 0, 1: 0}
-        self.loaded = {}
-        monkeypatch.setattr(driver, "find", lambda: self.driver)
-        monkeypatch.setattr(cuda, "_installed", lambda: ("numba-cuda", "cupy-cuda13x"))
-        monkeypatch.setattr(cuda, "missing", lambda: "")
-        monkeypatch.setattr(cuda, "arrays", lambda: self)
-        monkeypatch.setattr(all_reduce, "_groups", {})
-        from dvkernels.kernels.cuda.engine import launcher
-
-        monkeypatch.setattr(launcher, "_handles", self.loaded)
-        monkeypatch.setattr(launcher, "prepare", self.prepare)
-        stream_of = SimpleNamespace(
-            get_current_stream=lambda device: SimpleNamespace(ptr=self.current[device]),
-            current_stream=lambda device: SimpleNamespace(cuda_stream=self.current[device]),
-        )
-        monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=stream_of))
-        torch = SimpleNamespace(cuda=stream_of, empty=self.torch_empty)
-        monkeypatch.setitem(sys.modules, "torch", torch)
-
-    def prepare(self, kernel, device):
-        if (device, kernel) not in self.loaded:
-            self.loaded[device, kernel] = self.driver.load(device, b"", "") or 7
-        return self.loaded[device, kernel]
-
-    def empty(self, device, shape, dtype, stream=None):
-        before, self.library.current = self.library.current, device
-        found = SimpleNamespace(_obj=SimpleNamespace(value=0))
-        assert self.library.cuMemAlloc_v2(found, SimpleNamespace(value=256)) == 0
-        self.library.current = before
-        array = Array(self, device, shape[0], dtype=dtype)
-        return array
-
-    def torch_empty(self, shape, dtype, device):
-        """Return a tensor of a pool that allocates during captures too."""
-        return Tensor(self.driver.allocate(device, 4 * shape[0]), shape, device)
-
-    def streams(self):
-        """Make new streams current on both GPUs."""
-        self.current = {device: self.library.stream(device) for device in range(2)}
-        return [*self.current.items()]
 
 
 @pytest.fixture

@@ -127,15 +127,25 @@ def test_interpreted_ptx_gives_the_bits_of_the_cpu_and_of_the_twin(operation, co
 @pytest.mark.parametrize(
     "dtype", [np.dtype(t) for t in ("f2", ml_dtypes.bfloat16, "f4", "f8")], ids=str
 )
-def test_interpreted_means_are_those_of_the_cpu(dtype, count):
+def test_interpreted_means_are_those_of_the_cpu(dtype, count, monkeypatch):
     code = arithmetic.type_code(dtype)
     sources = arrays(dtype, count)
     result = np.empty_like(sources[0])
     vectors = Vectors(code, True, *sources, result)
     combine = functools.partial(vectors.machine.call, elements.combiner(arithmetic.ADD, code))
     total = functools.reduce(combine, map(vectors.load, sources))
-    divide = elements.quotient if count & (count - 1) else elements.exact_quotient
-    vectors.store(vectors.machine.call(divide, total, number(count)), result)
+    used = []
+
+    def divided(name, function, value, divisor):
+        used.append(name)
+        return vectors.machine.call(function, value, number(divisor))
+
+    for name in ("quotient", "exact_quotient"):
+        bound = functools.partial(divided, name, getattr(elements, name))
+        monkeypatch.setattr(elements, name, bound)
+    assert elements.divide.py_func(total, 1, code) is total
+    vectors.store(elements.divide.py_func(total, count, code), result)
+    assert used == ["quotient" if count == 3 else "exact_quotient"]
     assert_same(result, kernels.reduce(sources, "mean"))
 
 

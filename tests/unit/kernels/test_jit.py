@@ -56,6 +56,9 @@ with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
     total = strategy.run(lambda: dv.get_replica_context().all_reduce("sum", np.ones(3)))
     assert total.values[1][0] == 2
 assert sorted(dv.Dataset.range(40).shuffle(seed=1)) == [*range(40)]
+table = dv.Variable(np.zeros((9, 2), np.float16))
+table.scatter_add([3, 3], np.ones((2, 2), np.float16))
+assert (table.gather_rows([3] * 99_999) == 2).all()
 group.barrier(group.Group(1).state, 0)
 """
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import ml_dtypes
 import numpy as np
 import pytest
 
+from dvkernels import reduce_op
+from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels.cpu import row_updates
 from dvkernels.kernels.cpu.engine import thread_pool
 
@@ -36,11 +40,12 @@ def numbers(shape, dtype):
 
 
 def one_after_another(ufunc, array, indices, updates):
-    new = array.copy()
+    wide = reduce_op.working_dtype(array.dtype)  # half numbers are rounded once
+    new, updates = array.astype(wide), updates.astype(wide)
     with np.errstate(all="ignore"):
         for index, update in zip(indices, updates, strict=True):
             new[index] = ufunc(new[index], update)
-    return new
+        return new.astype(array.dtype)
 
 
 @pytest.fixture(params=["alone", "shared"])
@@ -51,7 +56,7 @@ def threads(request, monkeypatch):
 @pytest.mark.parametrize("verb", UFUNCS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_updates_apply_in_order(verb, dtype, threads):
-    if not row_updates.takes(verb, np.dtype(dtype)):
+    if row_updates.runner(verb, np.dtype(dtype)) is None:
         assert np.dtype(dtype).kind in "bc" or verb == "scatter_div"
         return
     for width in WIDTHS:
@@ -93,3 +98,40 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(width, monkeypatch):
         write = row_updates.RowWrite([results[-1]], indices, updates)
         row_updates.update_rows("scatter_add", [write])
     assert len({result.tobytes() for result in results}) == 1
+
+
+@pytest.mark.parametrize("count", [3, 500])
+def test_no_update_of_several_threads_is_lost(count, threads):
+    rows = np.zeros((5, 16), np.float32)
+    write = row_updates.RowWrite([rows], np.arange(count) % 5, np.ones((count, 16), np.float32))
+
+    def add(_):
+        for _ in range(50):
+            row_updates.update_rows("scatter_add", [write])
+
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(add, range(4)))
+    np.testing.assert_array_equal(rows.T, [200.0 * np.bincount(np.arange(count) % 5, None, 5)] * 16)
+
+
+def test_a_lock_that_a_stopped_thread_holds_is_an_error_and_is_free_after_a_fork(monkeypatch):
+    monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.01")
+    rows, pool = np.zeros((5, 16)), thread_pool.ThreadPool()
+    monkeypatch.setattr(thread_pool, "_pool", pool)
+    pool.locks[:] = 1
+    write = row_updates.RowWrite([rows], np.array([1, 2]), np.ones((2, 16)))
+    with pytest.raises(CollectiveTimeoutError, match="scatter_add: another thread has written"):
+        row_updates.update_rows("scatter_add", [write])
+    assert not rows.any()
+    pool.reset()  # in a forked child
+    row_updates.update_rows("scatter_add", [write])
+    assert rows.sum() == 32
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 1000])
+@pytest.mark.parametrize("num_rows", [1, 5, 1 << 40])
+def test_the_positions_of_a_row_are_put_together_in_their_order(count, num_rows):
+    indices = RNG.integers(0, num_rows, count)
+    order = row_updates._grouped(indices)
+    _, first, of_row = np.unique(indices, return_index=True, return_inverse=True)
+    np.testing.assert_array_equal(order, np.argsort(first[of_row], kind="stable"))

@@ -52,19 +52,18 @@ def test_the_launcher_of_the_interpreters_environment_comes_first(tmp_path, monk
     monkeypatch.setattr(sys, "executable", str(own_folder / "python"))
     environ = {"PATH": str(elsewhere)}
     with pytest.raises(LaunchError, match="none of mpiexec, mpirun, srun is in the folder of"):
-        commands.find(NAMES, environ)
+        commands.find(None, environ)
     srun = executable(elsewhere / "srun", "")
-    assert commands.find(NAMES, environ) == srun
+    assert commands.find(None, environ) == srun
     mpiexec = executable(elsewhere / "mpiexec", "")
-    assert commands.find(NAMES, environ) == mpiexec
-    assert commands.find(("srun",), environ) == srun
+    assert commands.find(None, environ) == mpiexec
+    assert commands.find("srun", environ) == commands.find(None, environ, commands.SLURM) == srun
     own = executable(own_folder / "mpiexec", "")
-    assert commands.find(NAMES, environ) == own
-    assert commands.find((srun,), environ) == srun
+    assert commands.find(None, environ) == own
+    assert commands.find(srun, environ) == srun
 
 
 HOSTS = (HostSlots("a", 2), HostSlots("b", 2))
-NAMES = ("mpiexec", "mpirun", "srun")
 # "plain", "bound" to two cores each, more workers than cores, and on two hosts.
 JOBS = {
     "plain": Job(("prog", "x"), 4, prefixed=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fork_server
 import ml_dtypes
 import numpy as np
 import pytest
@@ -170,3 +171,24 @@ def test_drafts_of_an_update_are_scattered_and_committed_together(two):
     assert not np.any(variable.values)
     two.update(variable, lambda draft: draft.scatter_add([1, 1], np.ones((2, 2))))
     np.testing.assert_array_equal(variable.values, [[[0, 0], [2, 2], [0, 0]]] * 2)
+
+
+def test_a_variable_outside_every_scope_is_written_in_a_forked_process():
+    program = """
+import os
+import numpy as np
+import dvkernels as dv
+
+loose = dv.Variable(np.zeros(3))
+own = dv.Variable(np.zeros(3), synchronization="none")
+loose.scatter_add([0, 0], np.ones(2))
+for _ in range(2):
+    if child := os.fork():
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    loose.assign_add(np.ones(3))
+    loose.scatter_add([1] * 99_999, np.ones(99_999))  # by all cores
+    dv.sync([own])
+assert loose.numpy().tolist() == [4.0, 200_000.0, 2.0], loose
+"""
+    done = fork_server.run(program)
+    assert done.returncode == 0, done.stderr

@@ -71,6 +71,7 @@ class GroupFile:
     @staticmethod
     def create(path: Path, size: int, token: bytes, nbytes: int, allocated: int) -> GroupFile:
         """Return a new file without its name, the first bytes of which are ``allocated``."""
+        hidden: Path | None = None
         try:
             descriptor, hidden = _create_unnamed(path.parent)
             try:
@@ -82,6 +83,8 @@ class GroupFile:
             file._hidden = hidden
             file.allocate(0, HEADER_NBYTES + allocated)
         except OSError as error:
+            if hidden is not None:
+                hidden.unlink()
             raise refusal(path, f"it cannot be made: {error.strerror}") from None
         header = file._header[0]
         header["magic"], header["size"], header["token"] = _MAGIC, size, _digest(token)

@@ -186,7 +186,9 @@ class RollCall:
                     f"the same path, size and token, or give timeout_seconds if they need longer",
                 )
         except BaseException as error:
-            self._settle(LOST, f"rank {self.rank} has left the roll call: {describe(error)}")
+            is_interrupt = isinstance(error, shielded.Cancelled)
+            why = "it was interrupted" if is_interrupt else describe(error)
+            self._settle(LOST, f"rank {self.rank} has left the roll call: {why}")
             raise
         state = self.file.state
         if state != _COMPLETE:

@@ -250,7 +250,9 @@ class SharedMemoryTransport(Transport):
         for worker in self._absent():
             why = segment.why_left(worker)
             if why is None and not segment.is_alive(worker):
-                why = f"process {segment.process_of(worker)} has disappeared: was it killed?"
+                why = (
+                    f"process {segment.process_of(worker)} has ended without a word: was it killed?"
+                )
             if why is not None:
                 self._lose(worker, call, why)
 

@@ -29,7 +29,7 @@ from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import checks, jit
 from dvkernels.kernels.cpu.engine import intrinsics, records
-from dvkernels.kernels.cpu.engine.job_layout import JobHeader, job_at
+from dvkernels.kernels.cpu.engine.job_layout import COUNTER_WORDS, JobHeader, job_at
 from dvkernels.schedules import cost_model
 from dvkernels.threads import shielded, thread
 
@@ -39,6 +39,7 @@ __all__: list[str] = []
 Copies = Sequence[tuple[HostArray, HostArray]]  # (target, source)
 
 _NUM_SLOTS = 8
+NUM_LOCKS = 64
 
 
 class _PoolHead(NamedTuple):
@@ -207,6 +208,7 @@ class ThreadPool:
         self.address = 0  # of the words, once started
         self.threads: list[threading.Thread] = []
         self.abandoned: list[HostArray] = []  # jobs that a stopped thread may still touch
+        self.locks = intrinsics.words(NUM_LOCKS * COUNTER_WORDS)  # of arrays, by their addresses
 
     def start(self) -> None:
         """Start the helpers, on a thread that no interrupt reaches."""

@@ -21,6 +21,7 @@ import numpy as np
 from dvkernels.devices import cuda as devices
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import numba_import
+from dvkernels.kernels.cuda.engine import simulator
 from dvkernels.threads import shielded
 
 __all__ = ["compile_ptx", "cuda", "diagnosed", "load"]
@@ -69,7 +70,10 @@ def _load_target() -> Any:
     # the place of Numba's own, deprecated target, as it does where its .pth file is read.
     with contextlib.suppress(ImportError):
         importlib.import_module("_numba_cuda_redirector")
-    return load("numba.cuda")
+    target = load("numba.cuda")
+    if simulator.IS_ON:
+        simulator.share_swaps(target)
+    return target
 
 
 @functools.cache
@@ -89,8 +93,8 @@ def diagnosed() -> Iterator[None]:
         if name.startswith("DynamicLibNot") or name in ("NvvmSupportError", "NvrtcSupportError"):
             raise DeviceError(
                 "a part of the CUDA toolkit that compiles kernels is missing "
-                f"({str(error).strip().splitlines()[0]}): {devices.install_command()}, or let the "
-                "environment variable CUDA_HOME name the folder of a CUDA toolkit"
+                f"({(str(error).strip() or name).splitlines()[0]}): {devices.install_command()}, "
+                "or let the environment variable CUDA_HOME name the folder of a CUDA toolkit"
             ) from error
         raise
 
