@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numba
 import numpy as np
 
@@ -24,6 +26,10 @@ def kernels() -> dict[str, Kernel]:
         for kernel in catalogue.shipped()
         if not kernel.name.startswith("row ") or kernel.name.split()[-1] in _ROWS
     }
+    if (
+        importlib.util.find_spec("numba_cuda") is None
+    ):  # custom reductions need the compiler at once
+        return found
     for name, (function, letters) in CUSTOM.items():
         for dtype in map(np.dtype, letters):
             resolved = operations.resolve(CustomReduction(function, 0, name), dtype)
