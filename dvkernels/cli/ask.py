@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="process of the job on this host: launch, a worker, or a program of one process",
     )  # fmt: skip
     parser.add_argument(
-        "--watch", type=float, default=0.2, metavar="SECONDS",
+        "--watch", type=argument_types.seconds, default=0.2, metavar="SECONDS",
         help="how long to watch the collectives",
     )  # fmt: skip
     parser.add_argument(

@@ -237,6 +237,8 @@ def _threads() -> Iterator[dict[str, Any]]:
 
 
 _servers: list[_AskServer] = []  # at most one
+_SECONDS_BETWEEN_TRIES = 1.0
+_tried_at = float("-inf")  # when the last server could not be started
 
 
 def ensure_running() -> None:
@@ -244,14 +246,17 @@ def ensure_running() -> None:
 
     A process without one works all the same: where it cannot be started, the log says why.
     """
+    global _tried_at
     if (_servers and _servers[0].pid == os.getpid()) or os.environ.get(VARIABLE) == "0":
+        return
+    if time.monotonic() - _tried_at < _SECONDS_BETWEEN_TRIES:  # for want of threads or files, say
         return
     if not hasattr(socket, "AF_UNIX") or not hasattr(os, "getuid"):
         return
     try:
         _servers[:] = [_AskServer()]
     except (OSError, RuntimeError) as error:
-        os.environ.setdefault(VARIABLE, "0")
+        _tried_at = time.monotonic()
         LOGGER.warning("python -m dvkernels ask cannot ask this process: %s", error)
 
 
