@@ -125,6 +125,7 @@ def late_job():
     return answers
 
 
+@pytest.mark.wide
 def test_a_late_replica_of_another_worker_is_named():
     _, (answer,) = dv.launch(late_job, workers=2)
     assert [worker["worker"] for worker in answer["workers"]] == [0, 1]
@@ -143,6 +144,7 @@ with dv.MirroredStrategy(["cpu:0"] * 2) as strategy:
 """
 
 
+@pytest.mark.wide
 def test_foreign_code_that_holds_the_lock_is_reported_with_its_stack():
     with subprocess.Popen([sys.executable, "-c", HOLDING], stdout=subprocess.PIPE) as job:
         pid = int(job.stdout.readline())

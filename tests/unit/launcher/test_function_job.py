@@ -97,11 +97,18 @@ def fail(how):
     ("how", "error", "words"),
     [
         ("raise", ValueError, "my message"),
-        ("custom", LaunchError, "cannot be pickled"),
-        ("exit", LaunchError, r"sys\.exit\(3\)"),
-        ("vanish", WorkerLostError, "worker 0 ended with status 4"),
+        pytest.param("custom", LaunchError, "cannot be pickled", marks=pytest.mark.wide),
+        pytest.param("exit", LaunchError, r"sys\.exit\(3\)", marks=pytest.mark.wide),
+        pytest.param(
+            "vanish", WorkerLostError, "worker 0 ended with status 4", marks=pytest.mark.wide
+        ),
         ("kill", WorkerLostError, "worker 0 was killed by SIGKILL"),
-        ("generator", LaunchError, "the result of the function cannot be pickled"),
+        pytest.param(
+            "generator",
+            LaunchError,
+            "the result of the function cannot be pickled",
+            marks=pytest.mark.wide,
+        ),
     ],
 )
 def test_a_failure_is_told_as_it_is(how, error, words):
@@ -166,7 +173,9 @@ dv.launch(wait, workers=2)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.wide)]
+)
 def test_workers_end_with_a_script_without_a_main_guard(number):
     script = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SCRIPT)],
