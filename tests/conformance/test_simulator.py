@@ -23,4 +23,4 @@ OWN = (
 @pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="it is the simulator")
 @pytest.mark.parametrize("body", [*BODIES, *OWN])
 def test_the_bodies_pass_in_the_simulator(body: str) -> None:
-    check_body(body, "simulator", 110, NUMBA_ENABLE_CUDASIM="1")
+    check_body(body, "simulator", 280, NUMBA_ENABLE_CUDASIM="1")
