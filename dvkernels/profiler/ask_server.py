@@ -89,6 +89,11 @@ class _AskServer:
             self.close()
             raise
 
+    @property
+    def is_reachable(self) -> bool:
+        """Whether the socket has its name still, and its thread runs."""
+        return self._path.exists() and self._listener.fileno() != -1
+
     def close(self) -> None:
         """Close the socket, and remove its files unless they are the parent's."""
         with contextlib.suppress(OSError, ValueError):
@@ -247,8 +252,12 @@ def ensure_running() -> None:
     A process without one works all the same: where it cannot be started, the log says why.
     """
     global _tried_at
-    if (_servers and _servers[0].pid == os.getpid()) or os.environ.get(VARIABLE) == "0":
+    if os.environ.get(VARIABLE) == "0":
         return
+    if _servers and _servers[0].pid == os.getpid():
+        if _servers[0].is_reachable:
+            return
+        _servers.pop().close()  # somebody has emptied the folder, or ended the thread
     if time.monotonic() - _tried_at < _SECONDS_BETWEEN_TRIES:  # for want of threads or files, say
         return
     if not hasattr(socket, "AF_UNIX") or not hasattr(os, "getuid"):
