@@ -35,6 +35,7 @@ VARIABLE = "DVKERNELS_ASK"  # "0": no server
 _MOST_QUESTION_NBYTES = 4096
 _SECONDS_FOR_A_QUESTION = 5.0
 _MOST_SECONDS_TO_WATCH = 60.0
+_SECONDS_TO_STOP = 0.2
 
 Section = Callable[[], Any]
 _sections: dict[str, Section] = {}
@@ -94,6 +95,11 @@ class _AskServer:
         """Whether the socket has its name still, and its thread runs."""
         return self._path.exists() and self._listener.fileno() != -1
 
+    def stop(self) -> bool:
+        """Stop the thread, which closes the server; return whether it has ended in time."""
+        self._thread.stop()
+        return self._thread.wait(_SECONDS_TO_STOP)
+
     def close(self) -> None:
         """Close the socket, and remove its files unless they are the parent's."""
         with contextlib.suppress(OSError, ValueError):
@@ -142,12 +148,21 @@ def _open_private_folder(folder: Path) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove the files of processes that were killed."""
-    for path in folder.iterdir():
+    """Remove the files of processes that were killed: nobody listens to their sockets.
+
+    A process of another pid namespace is not in ``/proc``, but answers.
+    """
+    for path in folder.glob("*.sock"):
         if path.stem.isdecimal() and not Path(f"/proc/{path.stem}").exists():
-            if not Path("/proc/self").exists():  # not Linux: nobody knows
-                return
-            path.unlink(missing_ok=True)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.setblocking(False)
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    for each in (path, path.with_suffix(".stacks")):
+                        each.unlink(missing_ok=True)
+                except OSError:  # it is gone, or has no time
+                    pass
 
 
 def _reply(connection: socket.socket) -> dict[str, Any]:
@@ -255,9 +270,9 @@ def ensure_running() -> None:
     if os.environ.get(VARIABLE) == "0":
         return
     if _servers and _servers[0].pid == os.getpid():
-        if _servers[0].is_reachable:
+        if _servers[0].is_reachable or not _servers[0].stop():
             return
-        _servers.pop().close()  # somebody has emptied the folder, or ended the thread
+        _servers.clear()  # somebody had emptied the folder, or ended the thread
     if time.monotonic() - _tried_at < _SECONDS_BETWEEN_TRIES:  # for want of threads or files, say
         return
     if not hasattr(socket, "AF_UNIX") or not hasattr(os, "getuid"):

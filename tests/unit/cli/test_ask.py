@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -217,7 +218,23 @@ def test_a_folder_that_others_may_enter_is_not_used(tmp_path):
     private = tmp_path / "private"
     ask_server._open_private_folder(private)
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
-    (private / "999999999.sock").touch()  # of a process that was killed
-    (private / f"{os.getpid()}.sock").touch()
-    ask_server._remove_stale(private)
-    assert os.listdir(private) == [f"{os.getpid()}.sock"]
+    with socket.socket(socket.AF_UNIX) as killed, socket.socket(socket.AF_UNIX) as elsewhere:
+        killed.bind(str(private / "999999999.sock"))
+        (private / "999999999.stacks").touch()
+        elsewhere.bind(str(private / "999999998.sock"))  # of another pid namespace
+        elsewhere.listen()
+        (private / f"{os.getpid()}.sock").touch()
+        ask_server._remove_stale(private)
+        assert sorted(os.listdir(private)) == sorted(["999999998.sock", f"{os.getpid()}.sock"])
+
+
+def test_a_server_that_cannot_be_reached_is_started_anew():
+    def is_asked():
+        with dv.MirroredStrategy(["cpu:0"] * 2) as strategy:
+            strategy.run(lambda: None)
+            return bool(ask("--json", "--watch", "0"))
+
+    assert is_asked()
+    os.unlink(ask_server.socket_of(os.getpid(), os.getuid()))
+    assert is_asked()
+    assert sum(thread.name == "dvkernels-ask" for thread in threading.enumerate()) == 1
