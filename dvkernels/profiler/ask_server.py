@@ -77,10 +77,12 @@ class _AskServer:
         self.pid = os.getpid()
         self._path = socket_of(self.pid, uid)
         self._stacks_path = stacks_of(self.pid, uid)
+        self._made: list[Path] = []  # its own files, which it removes
         self._stacks: BinaryIO | None = None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._listener.bind(str(self._path))  # the folder keeps others out
+            self._made.append(self._path)
             self._path.chmod(0o600)
             self._listener.listen(8)
             self._register_stacks()
@@ -108,7 +110,7 @@ class _AskServer:
             faulthandler.unregister(stacks_signal())
             self._stacks.close()
         if self.pid == os.getpid():
-            for path in (self._path, self._stacks_path):
+            for path in self._made:
                 path.unlink(missing_ok=True)
 
     def _register_stacks(self) -> None:
@@ -118,6 +120,7 @@ class _AskServer:
             return
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW
         self._stacks = open(os.open(self._stacks_path, flags, 0o600), "r+b", buffering=0)  # noqa: SIM115
+        self._made.append(self._stacks_path)
         faulthandler.register(number, self._stacks, all_threads=True, chain=False)
 
     def _wake(self) -> None:
@@ -257,6 +260,7 @@ def _threads() -> Iterator[dict[str, Any]]:
 
 
 _servers: list[_AskServer] = []  # at most one
+_starting = threading.Lock()  # held by the one thread that looks after the server
 _SECONDS_BETWEEN_TRIES = 1.0
 _tried_at = float("-inf")  # when the last server could not be started
 
@@ -266,19 +270,26 @@ def ensure_running() -> None:
 
     A process without one works all the same: where it cannot be started, the log says why.
     """
-    global _tried_at
-    if os.environ.get(VARIABLE) == "0":
+    is_possible = hasattr(socket, "AF_UNIX") and hasattr(os, "getuid")
+    if os.environ.get(VARIABLE) == "0" or not is_possible:
         return
-    if _servers and _servers[0].pid == os.getpid():
+    if _starting.acquire(blocking=False):  # else another thread is at it
+        try:
+            _start_unless_reachable()
+        finally:
+            _starting.release()
+
+
+def _start_unless_reachable() -> None:
+    global _tried_at
+    if _servers:
         if _servers[0].is_reachable or not _servers[0].stop():
             return
         _servers.clear()  # somebody had emptied the folder, or ended the thread
     if time.monotonic() - _tried_at < _SECONDS_BETWEEN_TRIES:  # for want of threads or files, say
         return
-    if not hasattr(socket, "AF_UNIX") or not hasattr(os, "getuid"):
-        return
     try:
-        _servers[:] = [_AskServer()]
+        _servers.append(_AskServer())
     except (OSError, RuntimeError) as error:
         _tried_at = time.monotonic()
         LOGGER.warning("python -m dvkernels ask cannot ask this process: %s", error)
@@ -286,6 +297,8 @@ def ensure_running() -> None:
 
 def _forget() -> None:
     """Close the parent's socket in a forked child, which has no thread for it."""
+    global _starting
+    _starting = threading.Lock()  # a thread of the parent may have held it
     for server in _servers:
         server.close()
     _servers.clear()

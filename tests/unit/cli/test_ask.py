@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import io
 import json
@@ -228,6 +229,10 @@ def test_a_folder_that_others_may_enter_is_not_used(tmp_path):
         assert sorted(os.listdir(private)) == sorted(["999999998.sock", f"{os.getpid()}.sock"])
 
 
+def num_ask_threads():
+    return sum(thread.name == "dvkernels-ask" for thread in threading.enumerate())
+
+
 def test_a_server_that_cannot_be_reached_is_started_anew():
     def is_asked():
         with dv.MirroredStrategy(["cpu:0"] * 2) as strategy:
@@ -237,4 +242,29 @@ def test_a_server_that_cannot_be_reached_is_started_anew():
     assert is_asked()
     os.unlink(ask_server.socket_of(os.getpid(), os.getuid()))
     assert is_asked()
-    assert sum(thread.name == "dvkernels-ask" for thread in threading.enumerate()) == 1
+    assert num_ask_threads() == 1
+
+
+def test_threads_that_begin_at_once_start_one_server():
+    path = ask_server.socket_of(os.getpid(), os.getuid())
+    begin = threading.Barrier(8)
+
+    def start(_):
+        begin.wait(10)
+        for _ in range(20):
+            ask_server.ensure_running()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            ask_server.ensure_running()
+            path.unlink()
+            list(pool.map(start, range(8)))
+            assert ask("--json", "--watch", "0")
+            assert num_ask_threads() == 1
+
+
+def test_a_server_that_cannot_start_leaves_the_files_of_another_alone():
+    ask_server.ensure_running()
+    with pytest.raises(OSError, match="in use"):
+        ask_server._AskServer()
+    assert ask("--json", "--watch", "0")
