@@ -15,10 +15,9 @@ from typing import Any
 
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu.engine import job
+from dvkernels.kernels.cpu.engine import fast_path, job, recipe
 from dvkernels.kernels.cpu.engine.job_layout import Row
 from dvkernels.reduce_op import Reduction
-from dvkernels.schedules import ring
 
 __all__ = ["ring_all_reduce"]
 
@@ -38,6 +37,10 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
     buffers = checks.as_sequence(verb, buffers)
     if out is not None:
         out = checks.as_sequence(verb, out, "out")
+    else:
+        reduced = fast_path.all_reduce(buffers, op, _segment_nbytes(len(buffers) or 1))
+        if reduced is not None:
+            return reduced
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
     if out is None:
@@ -50,6 +53,7 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
 
 def combine_in_place(op: Reduction, arrays: Sequence[HostArray]) -> None:
     """Reduce checked arrays, and leave the result in all of them."""
+    recipe.register(op, arrays[0].dtype)
     _run(op, len(arrays), arrays)
 
 
@@ -58,21 +62,27 @@ def combine(op: Reduction, reads: Sequence[HostArray], writes: Sequence[HostArra
     _run(op, len(reads), [*reads, *writes])
 
 
+def _segment_nbytes(num_ranks: int) -> int:
+    return max(4096, _SEGMENT_NBYTES // num_ranks // 128 * 128)
+
+
 def _run(op: Reduction, count: int, arrays: Sequence[HostArray]) -> None:
     program = _program(count, len(arrays) > count, job.divisor(op, count))
-    nbytes = max(4096, _SEGMENT_NBYTES // count // 128 * 128)
-    job.run(op, arrays[0].dtype, [arrays], program, piece_nbytes=nbytes)
+    job.run(op, arrays[0].dtype, [arrays], program, piece_nbytes=_segment_nbytes(count))
 
 
 @functools.lru_cache(maxsize=64)
 def _program(num_ranks: int, separate: bool, divisor: int) -> job.Program:
-    """Return a row for each chunk: its chain of additions in the schedule, stored to all ranks."""
-    table = [*range(num_ranks, 2 * num_ranks)] if separate else []
-    rows = []
-    for chunk, chain in enumerate(ring.chains(num_ranks)):
-        first = len(table)
-        # In place the targets are the sources, in their order: the runner loads addresses once.
-        rows.append(Row(chunk, first, num_ranks, 0 if separate else first, num_ranks, divisor))
-        table += chain
+    """Return a row for each chunk: its chain of additions in the schedule, stored to all ranks.
+
+    Chunk k is added up from rank k on, around the ring: its sources are num_ranks entries of a
+    table that goes around twice. In place they are the targets as well.
+    """
+    around = [*range(num_ranks), *range(num_ranks - 1)]
+    rows = tuple(
+        Row(k, k, num_ranks, len(around) if separate else k, num_ranks, divisor)
+        for k in range(num_ranks)
+    )
+    outs = [*range(num_ranks, 2 * num_ranks)] if separate else []
     first_write = num_ranks if separate else 0
-    return job.Program(tuple(rows), tuple(table), num_ranks, first_write, num_ranks)
+    return job.Program(rows, (*around, *outs), num_ranks, first_write, num_ranks)

@@ -24,7 +24,7 @@ _PREFETCH_NBYTES = 4096
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
 # Numbers of replicas in place whose addresses are kept in registers: in L1 and L2 their loads in
 # each iteration cost time (two replicas of 64 KiB took 3.5 us with them, and take 2.8 without).
-_COUNTS_IN_PLACE = (4, 8)
+_COUNTS_IN_PLACE = (3, 4, 8)
 _LINE = 64  # a cache line: one zmm register, or two ymm, or four of NEON
 _I64 = ir.IntType(64)
 
