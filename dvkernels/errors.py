@@ -6,6 +6,7 @@ A message says what was expected, what was received, from which replica, and wha
 from __future__ import annotations
 
 __all__ = [
+    "PREEMPTED",
     "AlgorithmError",
     "BufferMismatchError",
     "CheckpointDamagedError",
@@ -27,6 +28,8 @@ __all__ = [
     "UnsupportedDTypeError",
     "WorkerLostError",
 ]
+
+PREEMPTED = 42  # exit status of a process that was preempted and has saved
 
 
 class DvKernelsError(Exception):
