@@ -1,12 +1,12 @@
-"""``python -m dvkernels checkpoint``: contents and integrity of checkpoints."""
+"""Contents and integrity of checkpoints, as the command line shows them."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from dvkernels.checkpoint.format import json_codec, step_names
 from dvkernels.checkpoint.format.nodes import (
@@ -26,79 +26,95 @@ from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
-HELP = "show the contents of a checkpoint, or verify that every byte is as it was written"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("action", choices=("show", "verify"))
-    parser.add_argument("path", type=Path, help="a checkpoint, or a folder of a CheckpointManager")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Show or verify one checkpoint, or all of a folder; return 1 if one of them is damaged."""
-    status = 0
-    root = atomic_folder.absolute_path(arguments.path, "checkpoint")
-    for path in step_names.within(root) or (root,):
-        try:
-            with contextlib.closing(open_reader(path)) as reader:
-                if arguments.action == "show":
-                    print("\n".join(map(_printable, _lines(reader))))
-                else:
-                    reader.check(reader.manifest.tensors)
-                    print(f"PASS {path}: {_summary(reader)}")
-        except CheckpointDamagedError as error:
-            if path != root and path not in step_names.within(root):  # a running job removed it
-                print(_printable(f"GONE {path}: removed meanwhile"))
-                continue
-            message = str(error)
-            print(_printable(f"FAIL {message if str(path) in message else f'{path}: {message}'}"))
-            status = 1
-    return status
-
-
-def _printable(line: str) -> str:
-    """Return a line without control sequences: the names in a checkpoint are not trusted."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
-
-
-def _summary(reader: CheckpointReader) -> str:
-    tensors = reader.manifest.tensors.values()
-    num_files = len(reader.manifest.files)
-    nbytes = sum(entry.nbytes for entry in tensors)
-    return f"{len(tensors)} tensors, {nbytes} bytes in {num_files} files"
-
-
-def _lines(reader: CheckpointReader) -> Iterator[str]:
+def show(reader: CheckpointReader) -> dict[str, Any]:
+    """Return a summary of a checkpoint, its metadata, and a line for each object."""
     manifest = reader.manifest
-    step = "" if manifest.step is None else f", step {manifest.step}"
-    yield f"{reader.path}: {_summary(reader)}{step}, written by dvkernels {manifest.library}"
-    if manifest.metadata:
-        yield f"  metadata {json.dumps(json_codec.encode(manifest.metadata, 'metadata'))}"
-    for name, node in manifest.objects.items():
-        yield from (f"  {line}" for line in _node_lines(reader, node, child("", name)))
+    return {
+        **_summary(reader),
+        "step": manifest.step,
+        "library": manifest.library,
+        "metadata": json_codec.encode(manifest.metadata, "metadata"),
+        "objects": [
+            {"name": name, "holds": text}
+            for root, node in manifest.objects.items()
+            for name, text in _nodes(reader, node, child("", root))
+        ],
+    }
 
 
-def _node_lines(reader: CheckpointReader, node: Node, path: str) -> Iterator[str]:
+def verify(reader: CheckpointReader) -> dict[str, Any]:
+    """Return a summary of a checkpoint whose bytes are all as they were written; else raise."""
+    reader.check(reader.manifest.tensors)
+    return _summary(reader)
+
+
+def examine(path: Path, action: str) -> Iterator[dict[str, Any]]:
+    """Yield what is found of a checkpoint, or of each in a folder; its "outcome" may be FAIL."""
+    examiner = {"show": show, "verify": verify}[action]
+    root = atomic_folder.absolute_path(path, "checkpoint")
+    for each in step_names.within(root) or (root,):
+        found: dict[str, Any] = {"path": str(each)}
+        try:
+            with contextlib.closing(open_reader(each)) as reader:
+                yield {**found, "outcome": "PASS", **examiner(reader)}
+        except CheckpointDamagedError as error:
+            if each != root and each not in step_names.within(root):  # a running job removed it
+                yield {**found, "outcome": "GONE"}
+            else:
+                yield {**found, "outcome": "FAIL", "error": str(error)}
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of text that say what was found of a checkpoint."""
+    path, outcome = found["path"], found["outcome"]
+    if outcome == "GONE":
+        yield f"GONE {path}: removed meanwhile"
+    elif outcome == "FAIL":
+        message = found["error"]
+        yield f"FAIL {message if path in message else f'{path}: {message}'}"
+    else:
+        summary = f"{found['tensors']} tensors, {found['bytes']} bytes in {found['files']} files"
+        if "objects" not in found:
+            yield f"PASS {path}: {summary}"
+            return
+        step = "" if found["step"] is None else f", step {found['step']}"
+        yield f"{path}: {summary}{step}, written by dvkernels {found['library']}"
+        if found["metadata"]:
+            yield f"  metadata {json.dumps(found['metadata'])}"
+        yield from (f"  {each['name']}: {each['holds']}" for each in found["objects"])
+
+
+def _summary(reader: CheckpointReader) -> dict[str, int]:
+    tensors = reader.manifest.tensors.values()
+    return {
+        "tensors": len(tensors),
+        "bytes": sum(entry.nbytes for entry in tensors),
+        "files": len(reader.manifest.files),
+    }
+
+
+def _nodes(reader: CheckpointReader, node: Node, path: str) -> Iterator[tuple[str, str]]:
+    """Yield the names below a node, and what each of them holds."""
     match node:
         case NestNode():
             for name, each in node.items.items():
-                yield from _node_lines(reader, each, child(path, name))
+                yield from _nodes(reader, each, child(path, name))
         case VariableNode():
             copies = f" x {len(node.tensors)}" if len(node.tensors) > 1 else ""
             modes = f"{node.synchronization}/{node.aggregation}"
-            yield f"{path}: variable {_tensor(reader, node.tensors[0])}{copies}, {modes}"
+            yield path, f"variable {_tensor(reader, node.tensors[0])}{copies}, {modes}"
         case ArrayNode():
-            yield f"{path}: array {_tensor(reader, node.tensor)}"
+            yield path, f"array {_tensor(reader, node.tensor)}"
         case DataNode():
-            yield f"{path}: {brief(node.value, 200)}"
+            yield path, f"{brief(node.value, 200)}"
         case GeneratorNode():
-            yield f"{path}: generator {node.type:.80}"
+            yield path, f"generator {node.type:.80}"
         case StateNode():
-            yield f"{path}: state of a {node.type:.80} {json.dumps(node.value):.200}"
+            yield path, f"state of a {node.type:.80} {json.dumps(node.value):.200}"
             for variable, slots in node.slots.items():
                 for name, tensor in slots.items():
-                    yield f"{path}: {name} of {variable} {_tensor(reader, tensor)}"
+                    yield path, f"{name} of {variable} {_tensor(reader, tensor)}"
 
 
 def _tensor(reader: CheckpointReader, name: str) -> str:
