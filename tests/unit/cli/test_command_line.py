@@ -163,6 +163,19 @@ def test_a_traceback_is_printed_with_debug_only(error, status, text, capsys, mon
         assert status in command_line.EXIT_STATUSES
 
 
+def test_a_dry_run_and_a_calibration_are_json_too(capsys, tmp_path):
+    assert main(["launch", "-n", "2", "--dry-run", "--json", __file__]) == 0
+    job = json.loads(capsys.readouterr().out)
+    assert __file__ in job["command"]
+    assert "OMP_NUM_THREADS" in job["environment"]
+    assert main(["bench", "--calibrate", "--rounds", "1", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert main(["bench", "--calibrate", "--rounds", "1", f"--json={tmp_path / 'a.json'}"]) == 0
+    assert "measured here" in capsys.readouterr().out
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert shown.keys() == written.keys() >= {"constants", "machine", "date"}
+
+
 HELP_OF_ALL = """
 import contextlib, io, sys
 from dvkernels.cli.main import VERBS, main
