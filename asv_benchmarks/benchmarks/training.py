@@ -37,9 +37,9 @@ class Training:
         self.limits.restore_original_limits()
 
     def _train(self, num_replicas, epochs_per_replica=EPOCHS_PER_REPLICA):
-        from dvkernels.cli import training_loop
+        from dvkernels.cli import training_config, training_loop
 
-        config = training_loop.TrainingConfig(
+        config = training_config.TrainingConfig(
             epochs=epochs_per_replica * num_replicas,
             batch_size=EXAMPLES_PER_REPLICA * num_replicas,
             num_hidden=512,
