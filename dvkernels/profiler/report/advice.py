@@ -43,7 +43,7 @@ def advice(
     table: TraceTable, times: Sequence[ReplicaTime], ranking: Sequence[Lateness]
 ) -> list[Advice]:
     """Return what to change, most of all in the strategy whose steps took the longest."""
-    found = []
+    found: list[Advice] = []
     # Those whose steps take a tenth of the longest's time, or more, are worth a sentence.
     longest = max((each.total for each in times), default=0.0)
     for name in dict.fromkeys(each.strategy for each in times if each.total >= longest / 10):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import math
 from typing import Any
 
 from dvkernels.profiler.report.analysis import Analysis
+from dvkernels.profiler.report.memory_series import PROCESS
 from dvkernels.profiler.report.time_split import PARTS
 from dvkernels.profiler.report.timeline import Timeline
 from dvkernels.profiler.report.trace_table import TraceTable
 
-__all__ = ["figures", "replica_label"]
+__all__ = ["figures", "milliseconds_text", "size_text"]
 
 Figure = dict[str, Any]
 
 _HEIGHT = 300
 _ROW_HEIGHT = 34
+_LONGEST = 22  # characters of a label, so that it leaves room on a phone
 # By category of a span: the name of its color, which the legend shows. Later ones lie above.
 _KINDS = {
     "step": "compute",
@@ -33,9 +35,18 @@ _KINDS = {
 _OTHER = "other"
 
 
-def replica_label(worker: int, replica: int, num_workers: int) -> str:
-    """Return the name of a replica on the page."""
-    return f"replica {replica}" + (f", worker {worker}" if num_workers > 1 else "")
+def milliseconds_text(seconds: float) -> str:
+    """Return a time in ms with three or four digits."""
+    value = 1e3 * seconds
+    return f"{value:,.{0 if value >= 1000 else 1 if value >= 100 else 2 if value >= 10 else 3}f}"
+
+
+def size_text(nbytes: int) -> str:
+    """Return a number of bytes in a unit that fits."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {name}"
+    return f"{nbytes} B"
 
 
 def figures(table: TraceTable, found: Analysis, shown: Timeline) -> dict[str, Figure]:
@@ -51,21 +62,23 @@ def figures(table: TraceTable, found: Analysis, shown: Timeline) -> dict[str, Fi
 
 
 def _figure(data: list[Any], x: str, y: str, height: int = _HEIGHT, **layout: Any) -> Figure:
-    axes = {"xaxis": {"title": {"text": x}, "automargin": True, "zeroline": False}}
-    axes["yaxis"] = {"title": {"text": y}, "automargin": True, "zeroline": False}
+    axes: Figure = {
+        axis: {"title": {"text": text, "standoff": 12}, "automargin": True, "zeroline": False}
+        for axis, text in (("xaxis", x), ("yaxis", y))
+    }
     for name, more in layout.items():
         axes[name] = {**axes.get(name, {}), **more} if isinstance(more, dict) else more
     return {"data": data, "layout": {"height": height, **axes}}
 
 
-def _escaped(texts: Sequence[str]) -> list[str]:
-    """Return texts for Plotly, which reads some tags in them."""
-    return [html.escape(text) for text in texts]
+def _escaped(text: str) -> str:
+    """Return a short text for Plotly, which reads some tags in it."""
+    return html.escape(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
 
 
 def _time(found: Analysis) -> Figure:
     times = [each for each in found.times if each.strategy == found.times[0].strategy]
-    labels = [replica_label(t.worker, t.replica, len(found.workers)) for t in times]
+    labels = [f"replica {each.replica}" for each in times]
     data = [
         {
             "type": "bar", "orientation": "h", "name": part, "color": part, "y": labels,
@@ -78,7 +91,7 @@ def _time(found: Analysis) -> Figure:
     # A sequence that begins above: the first replica comes first.
     return _figure(
         data if times else [], "ms in a step", "", height, barmode="stack",
-        yaxis={"autorange": "reversed"},
+        yaxis={"autorange": "reversed", "showgrid": False},
     )  # fmt: skip
 
 
@@ -86,27 +99,28 @@ def _timeline(table: TraceTable, shown: Timeline) -> Figure:
     lanes = sorted({int(lane) for lane in table.lane[shown.rows]}, key=lambda k: _order(table, k))
     height_of = {lane: row for row, lane in enumerate(lanes)}
     by_kind: dict[str, dict[str, list[Any]]] = {}
-    for row, name in zip(shown.rows, shown.names, strict=True):
+    for row, begin, name in zip(shown.rows, shown.begins, shown.names, strict=True):
         category = table.texts[table.category[row]]
         if name.startswith("reduce"):
             category = "update" if "apply_gradients" in name or "Variable." in name else "reduce"
         kind = _KINDS.get(category, _OTHER)
         bars = by_kind.setdefault(kind, {"x": [], "base": [], "y": [], "width": [], "text": []})
         is_range = kind == "ranges"
-        bars["x"].append(round(1e3 * table.duration[row], 4))
-        bars["base"].append(round(1e3 * (table.begin[row] - shown.begin), 4))
+        bars["x"].append(round(1e3 * (table.end[row] - begin), 4))
+        bars["base"].append(round(1e3 * (begin - shown.begin), 4))
         bars["y"].append(height_of[int(table.lane[row])] + (0.4 if is_range else 0.0))
         bars["width"].append(0.14 if is_range else 0.62)
-        bars["text"].append(html.escape(name))
+        bars["text"].append(_escaped(name))
     data = [
         {
             "type": "bar", "orientation": "h", "name": kind, "color": kind, "textposition": "none",
-            "hovertemplate": "%{text}: %{x} ms, from %{base} ms<extra>" + kind + "</extra>", **bars,
+            "hovertemplate": "%{text}: %{x} ms, from %{base} ms<extra>" + kind + "</extra>",
+            **by_kind[kind],
         }
         for kind in dict.fromkeys([*_KINDS.values(), _OTHER])
-        if (bars := by_kind.get(kind)) is not None
+        if kind in by_kind
     ]  # fmt: skip
-    labels = _escaped([_lane_label(table, lane) for lane in lanes])
+    labels = [_escaped(_lane_label(table, lane)) for lane in lanes]
     window = [0, round(1e3 * (shown.end - shown.begin), 4)]
     return _figure(
         data, "ms", "", 150 + _ROW_HEIGHT * len(lanes), barmode="overlay", bargap=0,
@@ -121,8 +135,9 @@ def _timeline(table: TraceTable, shown: Timeline) -> Figure:
 def _lane_label(table: TraceTable, lane: int) -> str:
     where = table.lanes[lane]
     name = table.lane_names.get(where, f"thread {where[1]}")
-    name = name.removeprefix("dvkernels-")[:28]
-    return f"worker {where[0]}, {name}" if len(table.workers) > 1 else name
+    name = name.removeprefix("dvkernels-")
+    is_one = len(table.workers) == 1 or name.startswith("replica ")  # numbered over all workers
+    return name if is_one else f"worker {where[0]}, {name}"
 
 
 def _order(table: TraceTable, lane: int) -> tuple[Any, ...]:
@@ -138,16 +153,31 @@ def _bandwidth(found: Analysis) -> Figure:
         of = [each for each in found.bandwidths if each.verb == verb]  # by size
         data.append(
             {
-                "type": "scatter", "mode": "lines+markers", "name": html.escape(verb),
+                "type": "scatter", "mode": "lines+markers", "name": _escaped(verb),
                 "color": f"series-{number % 6}", "symbol": number,
                 "x": [each.nbytes for each in of],
                 "y": [float(f"{each.algbw / 1e9:.4g}") for each in of],
-                "hovertemplate": "%{x} bytes: %{y} GB/s<extra>" + html.escape(verb) + "</extra>",
+                "hovertemplate": "%{x} bytes: %{y} GB/s<extra>" + _escaped(verb) + "</extra>",
             }
         )  # fmt: skip
+    if not data:
+        return _figure([], "", "")
+    sizes = sorted({each.nbytes for each in found.bandwidths})
+    ticks = sizes[:: -(-len(sizes) // 6)]
+    rates = [math.log10(each.algbw / 1e9) for each in found.bandwidths]
+    low, high = math.floor(min(rates) - 0.1), math.ceil(max(rates) + 0.1)
+    decades = range(low, high + 1)
     return _figure(
-        data, "bytes of one replica", "GB/s", xaxis={"type": "log"}, yaxis={"type": "log"}
-    )
+        data, "bytes of one replica", "GB/s", showlegend=True,
+        xaxis={
+            "type": "log", "tickvals": ticks, "ticktext": [size_text(size) for size in ticks],
+            "range": [math.log10(sizes[0]) - 0.2, math.log10(sizes[-1]) + 0.2],
+        },
+        yaxis={
+            "type": "log", "range": [low, high],
+            "tickvals": [10.0**k for k in decades], "ticktext": [f"{10.0**k:g}" for k in decades],
+        },
+    )  # fmt: skip
 
 
 def _late(found: Analysis) -> Figure:
@@ -160,22 +190,32 @@ def _late(found: Analysis) -> Figure:
     }  # fmt: skip
     return _figure(
         [bars] if ranking else [], "ms that the others waited for it", "",
-        110 + _ROW_HEIGHT * len(ranking), showlegend=False, yaxis={"autorange": "reversed"},
+        110 + _ROW_HEIGHT * len(ranking), showlegend=False,
+        yaxis={"autorange": "reversed", "showgrid": False},
     )  # fmt: skip
 
 
 def _memory(found: Analysis) -> Figure:
-    several = len(found.workers) > 1
+    """Draw the owners' memory, and above it that of the process, on an axis of its own."""
     owners = {owner: k for k, owner in enumerate(dict.fromkeys(m.owner for m in found.memory))}
+    first = min((each.worker for each in found.memory), default=0)
     data = [
         {
-            "type": "scatter", "mode": "lines+markers",
-            "name": f"{each.owner}, worker {each.worker}" if several else each.owner,
+            "type": "scatter", "mode": "lines+markers", "name": each.owner,
+            "legendgroup": each.owner, "showlegend": each.worker == first,
+            "yaxis": "y2" if each.owner == PROCESS else "y",
             "color": f"series-{owners[each.owner] % 6}", "symbol": each.worker,
             "x": [round(second, 4) for second in each.seconds],
             "y": [round(nbytes / 2**20, 3) for nbytes in each.nbytes],
-            "hovertemplate": "%{x} s: %{y} MiB<extra>" + html.escape(each.owner) + "</extra>",
+            "hovertemplate": f"worker {each.worker}, %{{x}} s: %{{y}} MiB"
+            f"<extra>{_escaped(each.owner)}</extra>",
         }
         for each in found.memory
     ]  # fmt: skip
-    return _figure(data, "s", "MiB", yaxis={"rangemode": "tozero"})
+    return _figure(
+        data, "s", "MiB of owners", 380, yaxis={"rangemode": "tozero", "domain": [0, 0.55]},
+        yaxis2={
+            "rangemode": "tozero", "domain": [0.68, 1], "nticks": 4, "automargin": True,
+            "title": {"text": "process", "standoff": 12},
+        },
+    )  # fmt: skip

@@ -20,8 +20,8 @@ class Intervals:
     Examples
     --------
     >>> busy = Intervals([0, 1, 5], [2, 3, 6])
-    >>> busy.covered(2.5, 5.5)
-    array(1.)
+    >>> float(busy.covered(2.5, 5.5))
+    1.0
     >>> (busy & Intervals([2], [10])).length
     2.0
     """

@@ -8,7 +8,7 @@ import numpy as np
 
 from dvkernels.profiler.report.trace_table import TraceTable
 
-__all__ = ["MemorySeries", "memory_series"]
+__all__ = ["PROCESS", "MemorySeries", "memory_series"]
 
 _MOST_POINTS = 500  # of a series, which a page can show
 PROCESS = "process"  # owner of the resident memory

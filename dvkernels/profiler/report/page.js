@@ -22,15 +22,16 @@
     for (const [name, figure] of Object.entries(figures)) {
       const axis = { color: ink, gridcolor: line, linecolor: line };
       const layout = {
-        font: { color: ink, size: isNarrow ? 11 : 13 },
+        font: { color: ink, size: isNarrow ? 11 : 13, family: getComputedStyle(document.body).fontFamily },
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
         margin: { l: 8, r: 12, t: 8, b: 8 },
         legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" },
         hoverlabel: { bgcolor: color("raised"), font: { color: ink }, bordercolor: line },
         dragmode: false,
         ...figure.layout,
-        xaxis: { ...axis, ...figure.layout.xaxis, nticks: isNarrow ? 5 : 10 },
-        yaxis: { ...axis, ...figure.layout.yaxis },
+        xaxis: { ...axis, nticks: isNarrow ? 5 : 10, ...figure.layout.xaxis },
+        yaxis: { ...axis, nticks: 6, ...figure.layout.yaxis },
+        yaxis2: { ...axis, ...figure.layout.yaxis2 },
       };
       if (name === "timeline" && windows.shown) layout.xaxis.range = windows.shown;
       Plotly.react("plot-" + name, figure.data.map(colored), layout, {

@@ -11,7 +11,7 @@ from typing import Any
 from dvkernels._version import __version__
 from dvkernels.errors import DvKernelsError
 from dvkernels.profiler import atomic_file
-from dvkernels.profiler.report import figures, timeline
+from dvkernels.profiler.report import arrivals, figures, timeline
 from dvkernels.profiler.report.analysis import Analysis
 from dvkernels.profiler.report.time_split import PARTS
 from dvkernels.profiler.report.trace_table import TraceTable
@@ -64,16 +64,16 @@ def text(title: str, table: TraceTable, found: Analysis) -> str:
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters |= {
-        "ms": lambda seconds: f"{1e3 * seconds:,.3f}",
+        "ms": figures.milliseconds_text,
         "percent": lambda share: f"{100 * share:.1f}",
-        "size": _size,
+        "size": figures.size_text,
     }
     main = found.times[0].strategy if found.times else ""
-    shown = timeline.timeline(table, main)
+    shown = timeline.timeline(table, main, arrivals.meetings(table))
     drawn = figures.figures(table, found, shown)
     page: str = environment.get_template(_TEMPLATE).render(
         title=title, found=found, shown=shown, parts=PARTS, drawn=drawn, version=__version__,
-        main=main, label=figures.replica_label, others=_others(found),
+        main=main, others=_others(found),
         style=_file("page.css"), script=_file("page.js"), plotly=script, data=_in_script(drawn),
     )  # fmt: skip
     return page
@@ -89,13 +89,6 @@ def _in_script(data: Any) -> str:
     return encoded.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _size(nbytes: int) -> str:
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.1f} {name}"
-    return f"{nbytes} B"
-
-
 def _others(found: Analysis) -> str:
     """Say what other programs took of the cores."""
     shares = [
@@ -106,4 +99,5 @@ def _others(found: Analysis) -> str:
     ]
     if not shares:
         return "What other programs took of the cores is not known: the trace is too short."
-    return f"Other programs took {', '.join(shares)} of the time of the cores."
+    who = "Other programs" + (", and other workers," if len(found.workers) > 1 else "")
+    return f"{who} took {', '.join(shares)} of the time of the cores."

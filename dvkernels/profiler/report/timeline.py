@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dvkernels.profiler.report.arrivals import Meetings
 from dvkernels.profiler.report.time_split import steps_of
 from dvkernels.profiler.report.trace_table import TraceTable
 
@@ -20,7 +21,7 @@ class SpanTotal(NamedTuple):
 
     name: str
     category: str
-    count: int
+    num_spans: int
     seconds: float
     median_seconds: float
     longest_seconds: float
@@ -35,6 +36,7 @@ class Timeline(NamedTuple):
     num_steps: int  # those shown
     num_steps_in_all: int
     rows: Any
+    begins: Any  # of the rows; of a collective, once all replicas are there
     names: list[str]  # of the rows; a collective that is carried out has the name of its verb
 
 
@@ -44,6 +46,22 @@ def _names(table: TraceTable, rows: Any) -> list[str]:
         f"{name} ({verb})" if name in ("reduce", "wait") and verb else name
         for name, verb in zip([table.texts[code] for code in table.name[rows]], verbs, strict=True)
     ]
+
+
+def _begins(table: TraceTable, rows: Any, meetings: Meetings) -> Any:
+    """Return the begins of rows; of the reduction inside a call, when its last replica arrived."""
+    begins = table.begin[rows].copy()
+    last_begin = dict(zip(meetings.rows.tolist(), meetings.last_begin.tolist(), strict=True))
+    calls: dict[int, int] = {}  # by lane: the latest call
+    for index, row in enumerate(rows.tolist()):
+        lane = int(table.lane[row])
+        if row in last_begin:
+            calls[lane] = row
+        elif table.texts[table.name[row]] == "reduce" and lane in calls:
+            call = calls[lane]
+            if table.end[row] <= table.end[call]:
+                begins[index] = min(max(begins[index], last_begin[call]), table.end[row])
+    return begins
 
 
 def span_totals(table: TraceTable) -> list[SpanTotal]:
@@ -62,7 +80,7 @@ def span_totals(table: TraceTable) -> list[SpanTotal]:
     return sorted(totals, key=lambda each: -each.seconds)
 
 
-def timeline(table: TraceTable, strategy: str) -> Timeline:
+def timeline(table: TraceTable, strategy: str, meetings: Meetings) -> Timeline:
     """Return whole steps of a strategy from the middle of the trace: as many as a page can show."""
     worker = int(min(table.worker[table.is_a("strategy", strategy)], default=0))
     steps = steps_of(table, worker, table.code(strategy))
@@ -70,7 +88,7 @@ def timeline(table: TraceTable, strategy: str) -> Timeline:
     if not count:
         begin, end = float(table.begin.min(initial=0.0)), float(table.end.max(initial=0.0))
         rows = np.argsort(table.begin, kind="stable")[:_MOST_SPANS]
-        return Timeline("", begin, end, 0, 0, rows, _names(table, rows))
+        return Timeline("", begin, end, 0, 0, rows, table.begin[rows], _names(table, rows))
     for shown in range(min(count, _MOST_STEPS), 0, -1):
         first = (count - shown) // 2
         begin, end = steps.start[first], steps.end[first + shown - 1]
@@ -78,6 +96,7 @@ def timeline(table: TraceTable, strategy: str) -> Timeline:
         if len(rows) <= _MOST_SPANS:
             break
     rows = rows[np.argsort(table.begin[rows], kind="stable")][:_MOST_SPANS]
+    begins = _begins(table, rows, meetings)
     return Timeline(
-        strategy, float(begin), float(end), shown, count, rows, _names(table, rows)
-    )  # fmt: skip
+        strategy, float(begin), float(end), shown, count, rows, begins, _names(table, rows)
+    )

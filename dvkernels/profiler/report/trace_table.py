@@ -93,7 +93,7 @@ class TraceTable:
         self.variables: dict[int, list[str]] = {}
         self._codes = {"": 0}
         self._lane_codes: dict[tuple[int, int], int] = {}
-        self._columns = {name: array("i") for name in _TEXTS}
+        self._columns: dict[str, array[Any]] = {name: array("i") for name in _TEXTS}
         self._columns |= {name: array("q") for name in _NUMBERS}
         self._columns |= {name: array("d") for name in _FLOATS}
         for record in records:

@@ -72,8 +72,13 @@ def test_a_malformed_number_is_an_error_in_words(verb, action, text, capsys):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_unknown_option_prints_the_usage_of_the_verb(verb, capsys):
-    words = {"ask": ["1"], "checkpoint": ["show", "x"], "trace": ["x", "-o", "y"]}.get(verb, [])
-    status, out, err = called(capsys, verb, *words, "--no-such-option")
+    needed = {
+        "ask": ["1"],
+        "checkpoint": ["show", "x"],
+        "report": ["x"],
+        "trace": ["x", "-o", "y"],
+    }
+    status, out, err = called(capsys, verb, *needed.get(verb, []), "--no-such-option")
     assert (status, out) == (2, "")
     assert err.startswith(f"usage: python -m dvkernels {verb}")
     assert "--no-such-option" in err

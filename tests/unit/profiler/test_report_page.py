@@ -139,8 +139,8 @@ def opened(browser, address):
 @pytest.mark.browser
 def test_tables_sort_by_mouse_and_keyboard(opened):
     page = opened()
-    header = page.locator("#time thead th").nth(3)
-    cells = page.locator("#time tbody td:nth-child(4)")
+    header = page.locator("#time thead th").nth(2)
+    cells = page.locator("#time tbody td:nth-child(3)")
     header.locator("button").click()
     assert header.get_attribute("aria-sort") == "ascending"
     values = [float(each) for each in cells.all_inner_texts()]
