@@ -61,7 +61,8 @@ def _read(files: list[str]) -> trace_table.TraceTable:
 
 def _title(files: list[str]) -> str:
     """Return the name of the trace, without the worker in it."""
-    return Path(files[0]).name.partition(".worker-")[0].removesuffix(".json")
+    name = Path(files[0]).name.partition(".worker-")[0].removesuffix(".json")
+    return trace_table.printable(name)
 
 
 def _lines(found: Analysis) -> Iterator[str]:

@@ -7,13 +7,13 @@ changes little. A program without these problems gets no advice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dvkernels.profiler.report.arrivals import Lateness
 from dvkernels.profiler.report.time_split import ReplicaTime
-from dvkernels.profiler.report.trace_table import TraceTable
+from dvkernels.profiler.report.trace_table import TraceTable, WorkerFacts
 
 __all__ = ["Advice", "advice"]
 
@@ -117,19 +117,20 @@ def _late_replica(replicas: Sequence[ReplicaTime], ranking: Sequence[Lateness]) 
 
 def _oversubscribed(table: TraceTable, replicas: Sequence[ReplicaTime]) -> Iterator[Advice]:
     """Compare replicas and busy threads of libraries with the cores, on each host."""
-    by_host: dict[str, list[Any]] = {}
+    by_host: dict[str, list[WorkerFacts]] = {}
     for facts in table.workers:
-        by_host.setdefault(str(facts["host"]), []).append(facts)
+        by_host.setdefault(facts.host, []).append(facts)
     for found in by_host.values():
-        workers = {int(facts["worker"]) for facts in found}
+        workers = {facts.worker for facts in found}
         num_replicas = sum(each.worker in workers for each in replicas)
-        cores = max(int(facts.get("cores", 1 << 30)) for facts in found)
-        python = sum(sum(facts.get("thread_seconds", [])) for facts in found)
-        libraries = sum(sum(facts.get("library_thread_seconds", [])) for facts in found)
-        busy = 0
-        for facts in found:
-            enough = _BUSY_PART * max(facts.get("thread_seconds", [0.0]), default=0.0)
-            busy += sum(took > enough for took in facts.get("library_thread_seconds", []))
+        cores = max(facts.cores or num_replicas for facts in found)
+        python = sum(sum(facts.thread_seconds) for facts in found)
+        libraries = sum(sum(facts.library_thread_seconds) for facts in found)
+        busy = sum(
+            took > _BUSY_PART * max(facts.thread_seconds, default=0.0)
+            for facts in found
+            for took in facts.library_thread_seconds
+        )
         share = libraries / max(1e-9, python + libraries)
         of_core = libraries / max(1e-9, max(each.total for each in replicas))
         is_much = min(share, of_core) >= _LIBRARY_SHARE

@@ -12,20 +12,9 @@ from dvkernels.profiler.report.bandwidth import Bandwidth
 from dvkernels.profiler.report.memory_series import MemorySeries
 from dvkernels.profiler.report.time_split import ReplicaTime
 from dvkernels.profiler.report.timeline import SpanTotal
-from dvkernels.profiler.report.trace_table import TraceTable
+from dvkernels.profiler.report.trace_table import TraceTable, WorkerFacts
 
 __all__ = ["Analysis", "analyse"]
-
-
-class WorkerFacts(NamedTuple):
-    """Facts about a worker; None where the trace does not know."""
-
-    worker: int
-    num_workers: int  # of the job; the trace may hold fewer
-    host: str
-    cores: int | None
-    share_of_other_programs: float | None  # of the cores' time
-    dropped_events: int
 
 
 class Analysis(NamedTuple):
@@ -65,7 +54,7 @@ def analyse(table: TraceTable) -> Analysis:
     ranking = arrivals.lateness(table, meetings)
     seconds = float(table.end.max() - table.begin.min()) if len(table) else 0.0
     return Analysis(
-        [_facts(about) for about in table.workers],
+        table.workers,
         len(table),
         seconds,
         times,
@@ -75,10 +64,3 @@ def analyse(table: TraceTable) -> Analysis:
         timeline.span_totals(table),
         rules.advice(table, times, ranking),
     )
-
-
-def _facts(about: Any) -> WorkerFacts:
-    return WorkerFacts(
-        int(about["worker"]), int(about["num_workers"]), str(about["host"]), about.get("cores"),
-        about.get("share_of_other_programs"), int(about.get("dropped_events", 0)),
-    )  # fmt: skip

@@ -11,6 +11,8 @@ from dvkernels.profiler.report.trace_table import TraceTable
 
 __all__ = ["Bandwidth", "bandwidths"]
 
+_SHORTEST = 1e-10  # seconds: the clock has nanoseconds
+
 
 class Bandwidth(NamedTuple):
     """Bandwidth of the calls of one verb on arrays of one size.
@@ -40,7 +42,7 @@ def bandwidths(table: TraceTable) -> list[Bandwidth]:
     earlier, waited as well.
     """
     is_reduce = table.is_a("category", "collective") & table.is_a("name", "reduce")
-    rows = np.flatnonzero(is_reduce & (table.nbytes > 0) & (table.duration > 0))
+    rows = np.flatnonzero(is_reduce & (table.nbytes > 0) & (table.duration > _SHORTEST))
     if not len(rows):
         return []
     keys = table.strategy[rows], table.step[rows], table.call[rows], table.worker[rows]

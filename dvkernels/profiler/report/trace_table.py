@@ -11,19 +11,20 @@ import math
 import os
 from array import array
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
 from dvkernels.errors import TraceError
 
-__all__ = ["Sample", "TraceTable", "read"]
+__all__ = ["Sample", "TraceTable", "WorkerFacts", "printable", "read"]
 
 _HEAD = b'{"displayTimeUnit": "ns",'
 _ABOUT = b'"otherData": '
 _EVENTS = b'"traceEvents": ['
 _END = b"]}"
 _LONGEST_LINE = 1 << 24
+_LARGEST = 1e18  # of a number: 30,000 years, an exbibyte
 MOST_SPANS = 20_000_000  # some 2 GB in columns
 _TEXTS = ("name", "category", "strategy", "call", "dtype")
 _NUMBERS = ("worker", "lane", "replica", "step", "nbytes", "replicas")
@@ -40,13 +41,43 @@ class Sample(NamedTuple):
     values: dict[str, float]
 
 
+class WorkerFacts(NamedTuple):
+    """Facts about a worker; None where the trace does not know."""
+
+    worker: int
+    num_workers: int  # of the job; the trace may hold fewer
+    host: str
+    cores: int | None
+    share_of_other_programs: float | None  # of the cores' time
+    dropped_events: int
+    thread_seconds: list[float]  # processor time of each of Python's threads
+    library_thread_seconds: list[float]  # and of those of BLAS, OpenMP and Numba
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any]) -> Self:
+        """Take the facts out of what a file says about a worker."""
+        numbers = [
+            None if about.get(name) is None else _finite(about[name])
+            for name in ("cores", "share_of_other_programs")
+        ]
+        seconds = [
+            [_finite(number) for number in about.get(name, [])]
+            for name in ("thread_seconds", "library_thread_seconds")
+        ]
+        return cls(
+            int(_finite(about["worker"])), int(_finite(about["num_workers"])),
+            printable(about["host"]), None if numbers[0] is None else int(numbers[0]), numbers[1],
+            int(_finite(about.get("dropped_events", 0))), *seconds,
+        )  # fmt: skip
+
+
 class TraceTable:
     """Spans of a trace, in columns of equal length, and what else its file says.
 
     Attributes
     ----------
-    workers : list of dict
-        What the file says about each worker: ``worker``, ``host``, ``cores``.
+    workers : list of WorkerFacts
+        What the file says about each worker, at least one.
     texts : list of str
         The texts of the columns ``name``, ``category``, ``strategy``, ``call`` and ``dtype``, which
         hold indices of this list; 0 is "". Strategies have no worker in their names.
@@ -83,9 +114,9 @@ class TraceTable:
     replicas: Any
 
     def __init__(self, about: Mapping[str, Any], records: Iterator[Mapping[str, Any]]) -> None:
-        self.workers: list[Mapping[str, Any]] = list(about.get("workers", [about]))
-        for each in self.workers:
-            _ = int(each["worker"]), str(each["host"]), int(each["num_workers"])
+        self.workers = [WorkerFacts.of(each) for each in about.get("workers", [about])]
+        if not self.workers:
+            raise TraceError("the list of workers is empty")
         self.texts: list[str] = [""]
         self.lanes: list[tuple[int, int]] = []
         self.lane_names: dict[tuple[int, int], str] = {}
@@ -122,12 +153,12 @@ class TraceTable:
         if phase == "X":
             self._add_span(record)
         elif phase == "C":
-            values = {str(key): _finite(value) for key, value in record["args"].items()}
-            at = _finite(record["ts"]) / 1e6
-            self.samples.append(Sample(int(record["pid"]), at, str(record["name"]), values))
+            values = {printable(key): _finite(value) for key, value in record["args"].items()}
+            worker, at = int(_finite(record["pid"])), _finite(record["ts"]) / 1e6
+            self.samples.append(Sample(worker, at, str(record["name"]), values))
         elif phase == "M" and record["name"] == "thread_name":
             where = int(record["pid"]), int(record["tid"])
-            self.lane_names[where] = str(record["args"]["name"])
+            self.lane_names[where] = printable(record["args"]["name"])
 
     def _add_span(self, record: Mapping[str, Any]) -> None:
         columns, about = self._columns, record["args"]
@@ -146,7 +177,7 @@ class TraceTable:
         columns["attained"].append(_finite(about["attained"]) if "attained" in about else math.nan)
         columns["worker"].append(where[0])
         columns["lane"].append(lane)
-        columns["nbytes"].append(int(about.get("bytes", -1)))
+        columns["nbytes"].append(int(_finite(about.get("bytes", -1))))
         for name in ("replica", "step", "replicas"):
             columns[name].append(int(about.get(name, -1)))
         texts = {
@@ -159,19 +190,24 @@ class TraceTable:
         for name, text in texts.items():
             columns[name].append(self._code_of(text))
         if "variables" in about:
-            self.variables[row] = [str(name) for name in about["variables"]]
+            self.variables[row] = [printable(name) for name in about["variables"]]
 
     def _code_of(self, text: Any) -> int:
         code = self._codes.get(text)
         if code is None:
-            code = self._codes[str(text)] = len(self.texts)
-            self.texts.append(str(text))
+            code = self._codes[text] = len(self.texts)
+            self.texts.append(printable(text))
         return code
 
 
+def printable(text: Any) -> str:
+    """Return a text without control sequences and lone surrogates: names are not trusted."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
+
+
 def _finite(number: Any) -> float:
-    if type(number) not in (int, float) or not math.isfinite(number):
-        raise ValueError(f"{number!r:.40} is no number")
+    if type(number) not in (int, float) or not abs(number) < _LARGEST:
+        raise ValueError(f"{number!r:.40} is no number that a trace has")
     return float(number)
 
 

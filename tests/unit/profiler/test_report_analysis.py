@@ -14,7 +14,14 @@ import dvkernels as dv
 from dvkernels.cli import main
 from dvkernels.errors import TraceError
 from dvkernels.profiler import trace_merge
-from dvkernels.profiler.report import advice, analysis, trace_table
+from dvkernels.profiler.report import (
+    advice,
+    analysis,
+    arrivals,
+    figures,
+    timeline,
+    trace_table,
+)
 from dvkernels.profiler.report.intervals import Intervals
 
 
@@ -307,6 +314,49 @@ def test_missing_files_and_folders_are_named(tmp_path, capsys):
 def test_a_trace_without_events_has_an_analysis(tmp_path):
     found = analysis_of(tmp_path, [])
     assert (found.times, found.advice, found.spans, found.seconds) == ([], [], [], 0)
+
+
+def mutated(draw, value):
+    """Return what stands in a trace with one thing in it replaced."""
+    odd = [None, True, -1, 0, 1e17, 1e300, math.nan, "\ud800\x1b[2J", "", [], {}, [[]], 3.5]
+    if isinstance(value, dict) and value and draw.random() < 0.9:
+        name = draw.choice([*value])
+        if draw.random() < 0.1:
+            return {key: each for key, each in value.items() if key != name}
+        return {**value, name: mutated(draw, value[name])}
+    if isinstance(value, list) and value and draw.random() < 0.9:
+        place = draw.randrange(len(value))
+        return [*value[:place], mutated(draw, value[place]), *value[place + 1 :]]
+    return draw.choice(odd)
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.wide)])
+def test_whatever_a_file_says_it_is_refused_or_analysed(tmp_path, count):
+    draw = random.Random(count)
+    counter = made.memory(3, variables=5)
+    outcomes = set()
+    for _ in range(count):
+        records, about = [*made.steady(6), counter], made.facts(share_of_other_programs=0.1)
+        for _ in range(draw.randrange(1, 4)):
+            if draw.random() < 0.2:
+                about = mutated(draw, about)
+            else:
+                records = mutated(draw, records)
+        if not isinstance(records, list):
+            continue
+        path = made.write(tmp_path / "t.json", records, about)
+        try:
+            table = trace_table.read(path)
+        except TraceError:
+            outcomes.add("refused")
+            continue
+        found = analysis.analyse(table)
+        main_name = found.times[0].strategy if found.times else ""
+        shown = timeline.timeline(table, main_name, arrivals.meetings(table))
+        drawn = figures.figures(table, found, shown)
+        json.dumps([found.as_json(), drawn], allow_nan=False).encode()
+        outcomes.add("analysed")
+    assert outcomes == {"refused", "analysed"}
 
 
 @pytest.mark.wide
