@@ -213,9 +213,9 @@ def _memory(found: Analysis) -> Figure:
         for each in found.memory
     ]  # fmt: skip
     return _figure(
-        data, "s", "MiB of owners", 380, yaxis={"rangemode": "tozero", "domain": [0, 0.55]},
+        data, "s", "MiB, owners", 380, yaxis={"rangemode": "tozero", "domain": [0, 0.55]},
         yaxis2={
             "rangemode": "tozero", "domain": [0.68, 1], "nticks": 4, "automargin": True,
-            "title": {"text": "process", "standoff": 12},
+            "title": {"text": "MiB, process", "standoff": 12},
         },
     )  # fmt: skip
