@@ -8,7 +8,6 @@ a job start without NumPy.
 """
 
 import importlib as _importlib
-import sys as _sys
 import typing as _typing
 
 from dvkernels._version import __version__ as __version__

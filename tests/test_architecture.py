@@ -64,9 +64,11 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 HEAVY = {
     "cupy",
     "jax",
+    "jinja2",
     "matplotlib",
     "mpi4py",
     "numba",
+    "plotly",
     "rich",
     "sklearn",
     "threadpoolctl",
