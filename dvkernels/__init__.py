@@ -17,6 +17,8 @@ from dvkernels.communicators.base import Communicator as Communicator
 from dvkernels.context import get_strategy as get_strategy
 from dvkernels.context import has_strategy as has_strategy
 from dvkernels.context import in_cross_replica_context as in_cross_replica_context
+from dvkernels.coordinator.closure import RemoteValue as RemoteValue
+from dvkernels.coordinator.cluster_coordinator import ClusterCoordinator as ClusterCoordinator
 from dvkernels.custom_reduction import CustomReduction as CustomReduction
 from dvkernels.data.dataset import Dataset as Dataset
 from dvkernels.data.distributed.dataset import DistributedDataset as DistributedDataset
@@ -30,6 +32,7 @@ from dvkernels.profiler.debugging import debug as debug
 from dvkernels.reduce_op import ReduceOp as ReduceOp
 from dvkernels.replica_context import ReplicaContext as ReplicaContext
 from dvkernels.replica_context import get_replica_context as get_replica_context
+from dvkernels.strategies import partitioners as partitioners
 from dvkernels.strategies.base import Strategy as Strategy
 from dvkernels.strategies.base import set_strategy as set_strategy
 from dvkernels.strategies.central_storage import (
@@ -40,6 +43,9 @@ from dvkernels.strategies.multi_worker_mirrored import (
     MultiWorkerMirroredStrategy as MultiWorkerMirroredStrategy,
 )
 from dvkernels.strategies.one_device import OneDeviceStrategy as OneDeviceStrategy
+from dvkernels.strategies.parameter_server import (
+    ParameterServerStrategy as ParameterServerStrategy,
+)
 from dvkernels.strategies.per_replica_values import ValueContext as ValueContext
 from dvkernels.threads import shielded as _shielded
 from dvkernels.values.distributed import DistributedValues as DistributedValues
