@@ -18,6 +18,7 @@ from dvkernels.replicas.runner import Runner
 from dvkernels.strategies import partitioners
 from dvkernels.strategies.base import Strategy
 from dvkernels.user_errors import brief
+from dvkernels.values.scalar_checks import is_integer
 
 __all__ = ["ParameterServerStrategy"]
 
@@ -108,7 +109,7 @@ class ParameterServerStrategy(Strategy):
         threads: str = "share",
         timeout_seconds: float = 600,
     ) -> None:
-        if isinstance(num_servers, bool) or not isinstance(num_servers, int) or num_servers < 0:
+        if not is_integer(num_servers) or num_servers < 0:
             raise ClusterError(f"num_servers is 0 or a positive integer; got {brief(num_servers)}")
         if cluster_resolver is not None or num_servers:
             raise ClusterError(
@@ -121,7 +122,7 @@ class ParameterServerStrategy(Strategy):
                 f"dtype; got {brief(variable_partitioner)}"
             )
         count = cpu.usable_cores() if num_workers is None else num_workers
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_integer(count) or count < 1:
             raise DeviceError(f"num_workers is a positive integer; got {brief(count)}")
         super().__init__(
             ["cpu:0"],

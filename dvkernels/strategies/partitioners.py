@@ -16,6 +16,7 @@ import numpy as np
 
 from dvkernels.errors import ClusterError
 from dvkernels.user_errors import brief
+from dvkernels.values.scalar_checks import is_integer
 
 __all__ = ["FixedShards", "MaxSize", "MinSize"]
 
@@ -120,11 +121,9 @@ def deal(
     num_rows = shape[0] if shape else 1
     if partitioner is None or not shape:
         return [range(num_rows)]
-    given = partitioner(list(shape), dtype)
+    given: Any = partitioner(list(shape), dtype)
     is_list = isinstance(given, (list, tuple)) and len(given) == len(shape)
-    if not is_list or not all(
-        isinstance(count, (int, np.integer)) and count > 0 for count in given
-    ):
+    if not is_list or not all(is_integer(count) and count > 0 for count in given):
         raise ClusterError(
             f"variable {name!r}: variable_partitioner must return a list of the number of shards "
             f"along each of {len(shape)} axes, such as {[2, *[1] * (len(shape) - 1)]}; got "
@@ -145,10 +144,11 @@ def _along_rows(shape: Sequence[int], count: int) -> list[int]:
 
 
 def _nbytes(shape: Sequence[int], dtype: Any) -> int:
-    return math.prod(shape) * np.dtype(dtype).itemsize
+    size: int = math.prod(shape) * np.dtype(dtype).itemsize
+    return size
 
 
 def _positive(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value <= 0:
+    if not is_integer(value) or value <= 0:
         raise ClusterError(f"{name} must be a positive integer; got {brief(value)}")
     return int(value)

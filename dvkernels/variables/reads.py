@@ -154,13 +154,14 @@ class VariableReads:
             out = replica.own(out)
         rows = checked_rows(copies, verb, indices, number)
         server = copies.server
-        value = self.read_value() if server is None else None
+        if server is not None:
+            target = None if out is None else checked_out(copies, rows, out, number)
+            taken = server.ask(verb, gather_first, copies, rows, target)
+            return taken if out is None else out
+        value = self.read_value()
         if not isinstance(value, PerReplica):
             target = None if out is None else checked_out(copies, rows, out, number)
-            if server is not None:
-                taken = server.ask(verb, gather_first, copies, rows, target)
-            else:
-                taken = gather(copies, value, rows, target)
+            taken = gather(copies, value, rows, target)
             return taken if out is None else out
         if out is None:
             each = [gather(copies, array, rows) for array in value.values]

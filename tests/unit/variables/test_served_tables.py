@@ -14,6 +14,7 @@ from dvkernels.errors import (
     BufferMismatchError,
     ClusterError,
     CollectiveTimeoutError,
+    ContextError,
     NotABufferError,
     SynchronizationError,
 )
@@ -54,6 +55,19 @@ def test_no_write_of_concurrent_calls_is_lost(strategy, table):
 
     scheduled(strategy, [lambda k=k: call(k) for k in range(120)])
     assert np.array_equal(table, 120 * everything)
+
+
+def test_an_update_is_one_write(strategy, table):
+    def double_and_add(copy):
+        copy.assign(copy.numpy() * 2)
+        copy.assign_add(np.ones((NUM_ROWS, 3), np.float32))
+
+    scheduled(strategy, [lambda: strategy.update(table, double_and_add)] * 10)
+    assert np.all(table.numpy() == 2**10 - 1)
+    coordinator = dv.ClusterCoordinator(strategy)
+    coordinator.schedule(strategy.update, (table, double_and_add), once=True)
+    with pytest.raises(ContextError, match="with once=True"):
+        coordinator.join()
 
 
 def test_a_read_sees_a_whole_write(strategy, table):
