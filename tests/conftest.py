@@ -27,10 +27,13 @@ MOST_WORKERS = 4  # of about 1 GB of memory each
 
 _failed = pytest.StashKey[bool]()
 
-# A job in the background is started with interrupts ignored, and its children would inherit that:
-# tests send them some.
+# A job in the background, or under nohup, is started with signals ignored, and its children would
+# inherit that: tests send them some.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+for ignored in {"SIGHUP", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
+    if signal.getsignal(getattr(signal, ignored)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, ignored), signal.SIG_DFL)
 
 
 # Hundreds of processes that tests start would each compile the package's sources anew.

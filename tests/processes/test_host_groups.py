@@ -96,7 +96,7 @@ import dvkernels as dv
 group = dv.cluster.HostGroup(sys.argv[1], int(sys.argv[2]), 2, "secret")
 with dv.MultiWorkerMirroredStrategy(group, devices=1, timeout_seconds=40) as made:
     ids = made.distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
-    print("sum", made.reduce("sum", ids))
+    print(f"sum {made.reduce('sum', ids)}")  # one piece: both write to one pipe
 '''
 path, *apart = sys.argv[1:]
 commands = [[*apart * rank, sys.executable, "-c", program, path, str(rank)] for rank in (0, 1)]

@@ -146,5 +146,8 @@ def test_a_run_whose_terminal_is_gone_saves(tmp_path):
             with contextlib.suppress(BlockingIOError):
                 os.read(own, 1 << 16)
         os.close(own)
-        assert program.wait(timeout=60) == 129
+        try:
+            assert program.wait(timeout=60) == 129
+        finally:
+            program.kill()
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith("step-")]
