@@ -73,11 +73,13 @@ check(False)
 """
 
 
+KINDS = ("schedule", "join", "fetch", "error", "write", "close")
+
+
 @pytest.mark.parametrize(
-    "kind", daily(["schedule", "join", "fetch", "error", "write", "close"], "join", "error")
+    ("kind", "sample"), daily([("error", 5), *((kind, 60) for kind in KINDS)], ("error", 5))
 )
-def test_an_interrupt_leaves_the_coordinator_usable(kind, request):
-    sample = None if request.config.option.markexpr == "wide" else 12
+def test_an_interrupt_leaves_the_coordinator_usable(kind, sample):
     broken = interrupt_points.broken_in(PROGRAM.format(kind=kind), sample=sample)
     assert not broken, broken.text()
     assert broken.num_struck > 5
