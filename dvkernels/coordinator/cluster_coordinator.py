@@ -16,7 +16,7 @@ from dvkernels.coordinator.closure import Closure, RemoteValue
 from dvkernels.coordinator.closure_queue import ClosureQueue
 from dvkernels.coordinator.per_worker import PerWorkerDataset, PerWorkerIterator
 from dvkernels.coordinator.worker_thread import WorkerThread
-from dvkernels.errors import ClusterError, CollectiveTimeoutError, ContextError
+from dvkernels.errors import ClusterError, CollectiveTimeoutError, ContextError, DatasetError
 from dvkernels.replicas.thread_limits import ThreadLimit
 from dvkernels.strategies.parameter_server import ParameterServerStrategy, current_call
 from dvkernels.threads import stoppable_thread
@@ -234,7 +234,11 @@ class ClusterCoordinator(ProcessBound):
         if callable(dataset):
             function_checks.check("create_per_worker_dataset", dataset)
             return PerWorkerDataset(dataset)
-        iter(dataset)  # raises TypeError
+        if iter(dataset) is dataset:  # iter raises TypeError
+            raise DatasetError(
+                f"create_per_worker_dataset: every worker would take elements from one "
+                f"{type(dataset).__name__}, which is an iterator; pass a function that makes one"
+            )
         return PerWorkerDataset(lambda: dataset)
 
     def close(self) -> None:

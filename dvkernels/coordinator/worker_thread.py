@@ -91,6 +91,7 @@ class WorkerThread:
         except BaseException as error:  # no memory is left, or the program ends
             if closure is not None and not closure.done.is_open:
                 closures.fail(self.number, closure, error)
+            self._is_replaced()
 
     def _is_lost_by(self, closure: Closure) -> bool:
         """Run a closure to its end; return whether another thread does instead."""
@@ -105,7 +106,8 @@ class WorkerThread:
         try:
             result = closure.variables.copy().run(self._call, closure)
         except BaseException as error:
-            if isinstance(error, WorkerLostError) and self._is_replaced(closure):
+            is_lost = isinstance(error, WorkerLostError) and closure.runs < MOST_RUNS
+            if is_lost and self._is_replaced(closure):
                 return True
             user_errors.annotate(error, f"raised by {closure}, on worker {number}")
             closures.fail(number, closure, error)
@@ -141,14 +143,14 @@ class WorkerThread:
             found = self._iterators[value] = value.of_worker(self.number)
         return found
 
-    def _is_replaced(self, closure: Closure) -> bool:
+    def _is_replaced(self, closure: Closure | None = None) -> bool:
         """Start another thread, which runs this closure again; return whether it has started."""
-        if closure.runs >= MOST_RUNS or stoppable_thread.is_over:
+        if stoppable_thread.is_over:
             return False
-        self._inherited = closure
+        before, self._inherited = self.threads, closure
         try:
             self.new_thread().start()
         except RuntimeError:  # no thread can be started
-            self._inherited = None
+            self.threads, self._inherited = before, None
             return False
         return True

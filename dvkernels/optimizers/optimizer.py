@@ -87,7 +87,9 @@ class Optimizer(OptimizerState):
             variables. In cross-replica context each gradient is a ``PerReplica``, or one array for
             all replicas. Variables are float32 or float64 and ON_WRITE; a gradient has the shape
             and dtype of its variable. A gradient of None, on all replicas, leaves its variable
-            unchanged: it takes no step.
+            unchanged: it takes no step. For a variable of a parameter-server strategy a gradient
+            may be a tuple ``(ids, slopes)``: only these rows and their slots change, and slopes of
+            one row add up.
         op : ReduceOp or str
             Reduction over the replicas: ``"mean"`` or ``"sum"``.
         weight : float, optional

@@ -90,7 +90,7 @@ class VariableReads:
         array of shape ``variable.shape``, or PerReplica of such
             In replica context, the replica's own copy. In cross-replica context, the first copy
             (ON_WRITE), the aggregate of the copies (ON_READ), or a ``PerReplica`` of all copies
-            (NONE).
+            (NONE). Under a parameter-server strategy a copy, which later writes do not change.
 
         Raises
         ------

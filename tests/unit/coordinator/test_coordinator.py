@@ -17,6 +17,7 @@ from dvkernels.errors import (
     ClusterError,
     CollectiveTimeoutError,
     ContextError,
+    DatasetError,
     WorkerLostError,
 )
 
@@ -282,6 +283,23 @@ def test_a_call_that_loses_every_worker_is_given_up(strategy, coordinator):
     assert coordinator.schedule(int).fetch() == 0
 
 
+def test_a_thread_that_dies_outside_of_a_call_is_replaced(monkeypatch):
+    begin, failures = closure_queue.ClosureQueue.begin, [MemoryError("no memory is left")]
+
+    def failing(self, worker, closure):
+        if failures:
+            raise failures.pop()
+        begin(self, worker, closure)
+
+    monkeypatch.setattr(closure_queue.ClosureQueue, "begin", failing)
+    with dv.ParameterServerStrategy(num_workers=1) as strategy:
+        coordinator = dv.ClusterCoordinator(strategy)
+        coordinator.schedule(int)
+        with pytest.raises(MemoryError):
+            coordinator.join()
+        assert coordinator.schedule(int).fetch() == 0
+
+
 def test_writes_that_count_once_take_effect_together(strategy, coordinator):
     table = variable_of(strategy, np.zeros(3))
     adam, seen = dv.optimizers.Adam(0.5), []
@@ -343,6 +361,8 @@ def test_a_dataset_that_ends_or_fails_raises_in_the_call(coordinator):
     assert "raised for the dataset of worker" in caught.value.__notes__[0]
     with pytest.raises(TypeError):
         coordinator.create_per_worker_dataset(5)
+    with pytest.raises(DatasetError, match="pass a function that makes one"):
+        coordinator.create_per_worker_dataset(iter(range(3)))
 
 
 # -- the end -----------------------------------------------------------------------------------
