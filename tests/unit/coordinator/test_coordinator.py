@@ -246,15 +246,16 @@ def test_a_full_queue_lets_schedule_wait(monkeypatch):
 # -- deadlines ---------------------------------------------------------------------------------
 
 
-def test_a_call_that_never_ends_is_named():
+def test_a_call_that_never_ends_is_named(coordinator, monkeypatch):
     event = threading.Event()
-    with dv.ParameterServerStrategy(num_workers=2, timeout_seconds=0.3) as strategy:
-        coordinator = dv.ClusterCoordinator(strategy)
-        value = coordinator.schedule(event.wait, (SECONDS,))
-        for wait in (coordinator.join, value.fetch, coordinator.close):
-            with pytest.raises(CollectiveTimeoutError, match=r"worker \d .* call 0 of Event\.wait"):
-                wait()
-        event.set()
+    value = coordinator.schedule(event.wait, (SECONDS,))
+    monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.2")
+    for wait in (coordinator.join, value.fetch, coordinator.close):
+        with pytest.raises(CollectiveTimeoutError, match=r"worker \d .* call 0 of Event\.wait"):
+            wait()
+    monkeypatch.delenv("DVKERNELS_TIMEOUT_SECONDS")
+    event.set()
+    assert value.fetch()
 
 
 # -- lost workers ------------------------------------------------------------------------------

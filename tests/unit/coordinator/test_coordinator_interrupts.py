@@ -82,4 +82,4 @@ KINDS = ("schedule", "join", "fetch", "error", "write", "close")
 def test_an_interrupt_leaves_the_coordinator_usable(kind, sample):
     broken = interrupt_points.broken_in(PROGRAM.format(kind=kind), sample=sample)
     assert not broken, broken.text()
-    assert broken.num_struck > 5
+    assert broken.num_struck >= 3
