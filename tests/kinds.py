@@ -85,7 +85,7 @@ def daily(cases: Collection[Any], *chosen: Any) -> list[Any]:
 
 def smaller(length: int) -> int:
     """Return the greatest length to draw: the simulator works in pieces of 128 bytes."""
-    return max(2, length // 8) if KIND == "simulator" else length
+    return max(2, length // 32) if KIND == "simulator" else length
 
 
 class _Simulator:
