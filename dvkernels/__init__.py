@@ -108,7 +108,7 @@ _ALONE = {
     "ClusterCoordinator": "dvkernels.coordinator.cluster_coordinator",
     "ParameterServerStrategy": "dvkernels.strategies.parameter_server",
     "RemoteValue": "dvkernels.coordinator.closure",
-    "partitioners": "dvkernels.strategies.parameter_server",
+    "partitioners": "dvkernels.strategies",
     "Checkpoint": "dvkernels.checkpoint.checkpoint",
     "CheckpointManager": "dvkernels.checkpoint.manager",
     "PreemptionHandler": "dvkernels.checkpoint.preemption",
@@ -133,8 +133,15 @@ def __getattr__(name: str) -> object:
 
 
 def _import(places: dict[str, str]) -> None:
-    found = {name: getattr(_importlib.import_module(places[name]), name) for name in places}
-    globals().update(found)
+    globals().update({name: _imported(place, name) for name, place in places.items()})
+
+
+def _imported(place: str, name: str) -> object:
+    """Return what ``from place import name`` binds."""
+    module = _importlib.import_module(place)
+    if hasattr(module, name):
+        return getattr(module, name)
+    return _importlib.import_module(f"{place}.{name}")
 
 
 def __dir__() -> list[str]:
