@@ -11,6 +11,7 @@ __all__ = [
     "PREEMPTED",
     "AlgorithmError",
     "BufferMismatchError",
+    "CallCancelledError",
     "CheckpointDamagedError",
     "CheckpointError",
     "ClusterError",
@@ -92,6 +93,10 @@ class SynchronizationError(DvKernelsError, ValueError):
 
 class ContextError(DvKernelsError, RuntimeError):
     """The call is not allowed in this context, or belongs to another strategy or replica."""
+
+
+class CallCancelledError(DvKernelsError, RuntimeError):
+    """A call scheduled on a coordinator was not made: one before it failed, or it was closed."""
 
 
 class CheckpointError(DvKernelsError, ValueError):
