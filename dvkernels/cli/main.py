@@ -151,7 +151,11 @@ def _examples(examples: Iterable[tuple[str, str]], overview: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser that says when its help cannot be written; ``argparse`` ignores that."""
+    """Parser that says when its help cannot be written, which ``argparse`` ignores."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.color = False  # Python 3.14 would colour the help, and count the colours as width
 
     def _print_message(self, message: str, file: Any = None) -> None:
         stream = sys.stderr if file is None else file
