@@ -194,7 +194,7 @@ def _wrapped(text: str, width: int, indent: int | str) -> str:
     following = indent if isinstance(indent, str) else " " * indent
     return textwrap.fill(
         text,
-        width,
+        max(width, 9),  # of a terminal of a few columns
         subsequent_indent=following,
         break_long_words=False,
         break_on_hyphens=False,
