@@ -27,6 +27,8 @@ if _typing.TYPE_CHECKING:
     from dvkernels.context import get_strategy as get_strategy
     from dvkernels.context import has_strategy as has_strategy
     from dvkernels.context import in_cross_replica_context as in_cross_replica_context
+    from dvkernels.coordinator.closure import RemoteValue as RemoteValue
+    from dvkernels.coordinator.cluster_coordinator import ClusterCoordinator as ClusterCoordinator
     from dvkernels.custom_reduction import CustomReduction as CustomReduction
     from dvkernels.data.dataset import Dataset as Dataset
     from dvkernels.data.distributed.dataset import DistributedDataset as DistributedDataset
@@ -41,6 +43,7 @@ if _typing.TYPE_CHECKING:
     from dvkernels.reduce_op import ReduceOp as ReduceOp
     from dvkernels.replica_context import ReplicaContext as ReplicaContext
     from dvkernels.replica_context import get_replica_context as get_replica_context
+    from dvkernels.strategies import partitioners as partitioners
     from dvkernels.strategies.base import Strategy as Strategy
     from dvkernels.strategies.base import set_strategy as set_strategy
     from dvkernels.strategies.central_storage import (
@@ -51,6 +54,9 @@ if _typing.TYPE_CHECKING:
         MultiWorkerMirroredStrategy as MultiWorkerMirroredStrategy,
     )
     from dvkernels.strategies.one_device import OneDeviceStrategy as OneDeviceStrategy
+    from dvkernels.strategies.parameter_server import (
+        ParameterServerStrategy as ParameterServerStrategy,
+    )
     from dvkernels.strategies.per_replica_values import ValueContext as ValueContext
     from dvkernels.values.distributed import DistributedValues as DistributedValues
     from dvkernels.values.distributed import Mirrored as Mirrored
@@ -99,6 +105,10 @@ _TOGETHER = {
 
 # Not every program needs these; checkpoints import xxhash.
 _ALONE = {
+    "ClusterCoordinator": "dvkernels.coordinator.cluster_coordinator",
+    "ParameterServerStrategy": "dvkernels.strategies.parameter_server",
+    "RemoteValue": "dvkernels.coordinator.closure",
+    "partitioners": "dvkernels.strategies",
     "Checkpoint": "dvkernels.checkpoint.checkpoint",
     "CheckpointManager": "dvkernels.checkpoint.manager",
     "PreemptionHandler": "dvkernels.checkpoint.preemption",
@@ -123,8 +133,15 @@ def __getattr__(name: str) -> object:
 
 
 def _import(places: dict[str, str]) -> None:
-    found = {name: getattr(_importlib.import_module(places[name]), name) for name in places}
-    globals().update(found)
+    globals().update({name: _imported(place, name) for name, place in places.items()})
+
+
+def _imported(place: str, name: str) -> object:
+    """Return what ``from place import name`` binds."""
+    module = _importlib.import_module(place)
+    if hasattr(module, name):
+        return getattr(module, name)
+    return _importlib.import_module(f"{place}.{name}")
 
 
 def __dir__() -> list[str]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dvkernels import tracebacks
 
 __all__ = [
+    "PREEMPTED",
     "AlgorithmError",
     "BufferMismatchError",
+    "CallCancelledError",
     "CheckpointDamagedError",
     "CheckpointError",
     "ClusterError",
@@ -29,6 +31,8 @@ __all__ = [
     "UnsupportedDTypeError",
     "WorkerLostError",
 ]
+
+PREEMPTED = 42  # exit status of a process that was preempted and has saved
 
 
 class DvKernelsError(Exception):
@@ -89,6 +93,10 @@ class SynchronizationError(DvKernelsError, ValueError):
 
 class ContextError(DvKernelsError, RuntimeError):
     """The call is not allowed in this context, or belongs to another strategy or replica."""
+
+
+class CallCancelledError(DvKernelsError, RuntimeError):
+    """A call scheduled on a coordinator was not made: one before it failed, or it was closed."""
 
 
 class CheckpointError(DvKernelsError, ValueError):

@@ -54,7 +54,7 @@ ROWS = (
     ("data",),
     ("checkpoint", "optimizers"),
     ("strategies",),
-    ("benchmarks", "launcher"),
+    ("benchmarks", "coordinator", "launcher"),
     ("cli", "testing", "__main__"),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS, start=1) for room in rooms}
@@ -64,9 +64,11 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 HEAVY = {
     "cupy",
     "jax",
+    "jinja2",
     "matplotlib",
     "mpi4py",
     "numba",
+    "plotly",
     "rich",
     "sklearn",
     "threadpoolctl",

@@ -252,6 +252,8 @@ def _nbytes(text: str) -> int:
 
 
 def _about(arguments: argparse.Namespace, program: str) -> dict[str, Any]:
+    from dvkernels.benchmarks import c_probe
+
     packages = ("numpy", "numba", "llvmlite")
     return {
         "dvkernels": __version__,
@@ -262,6 +264,7 @@ def _about(arguments: argparse.Namespace, program: str) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in packages},
         "command": f"{program} bench " + " ".join(_without_paths(sys.argv)),
         "rounds": arguments.rounds,
+        "c_probe": c_probe.describe(),
     }
 
 
@@ -279,7 +282,8 @@ def _heading(about: dict[str, Any]) -> list[str]:
     lines = [
         f"dvkernels {about['dvkernels']}, {about['date']}, {about['machine']}",
         f"Python {about['python']}, {packages}; {about['rounds']} alternating rounds, medians",
-        "probe: the faster in-place memory probe, and the fraction of its rate that was reached",
+        "probe: the fastest pass that only touches, and the fraction of its rate that was reached",
+        f"C: the fraction of the rate of the same float32 all-reduce in C ({about['c_probe']})",
     ]
     return lines + [f"{name}: {note}" for name, note in about["peers"].items()]
 

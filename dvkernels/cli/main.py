@@ -27,6 +27,7 @@ VERBS = {
     "compile": "dvkernels.cli.compile",
     "info": "dvkernels.cli.info",
     "trace": "dvkernels.cli.trace",
+    "report": "dvkernels.cli.trace_report",
     "ask": "dvkernels.cli.ask",
 }
 

@@ -4,6 +4,7 @@ Imports: context, devices, errors, html_table, kernels, profiler, pytree, reduce
 user_errors, values, variables, verbs.
 """
 
+from dvkernels.optimizers.adagrad import Adagrad as Adagrad
 from dvkernels.optimizers.adam import Adam as Adam
 from dvkernels.optimizers.adam import AdamW as AdamW
 from dvkernels.optimizers.clipping import clip_by_global_norm as clip_by_global_norm

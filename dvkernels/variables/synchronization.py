@@ -15,7 +15,7 @@ import numpy as np
 from dvkernels import reduce_op
 from dvkernels.devices.array_spec import Array
 from dvkernels.errors import SynchronizationError
-from dvkernels.profiler import debugging
+from dvkernels.profiler import debugging, tracing
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.replica_context import ReplicaContext
 from dvkernels.values.distributed import PerReplica
@@ -23,6 +23,7 @@ from dvkernels.variables import scatter
 from dvkernels.variables.access import check_aggregation, write_together
 from dvkernels.variables.copies import Copies
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
+from dvkernels.variables.table_server import SERVED
 
 __all__: list[str] = []
 
@@ -118,6 +119,18 @@ def write_shares(copies: Copies, verb: str, value: Any) -> None:
     copies.commit(shares[placement.first_replica :][: len(copies.arrays)])
 
 
+def write_at_server(
+    copies: Copies, verb: str, value: Any, replica: ReplicaContext | None = None
+) -> None:
+    """Let the server write a value; the writes of other calls come before or after it."""
+    own = value if replica is None else replica.own(value)
+    if isinstance(own, PerReplica):
+        write_every_copy_alike(copies, verb, own)  # raises
+    checked = copies.checked_for_all(own, verb)
+    assert copies.server is not None
+    copies.server.apply(verb, _write_alike, copies, verb, checked)
+
+
 def _write_alike(copies: Copies, verb: str, value: Array) -> None:
     """Write equal copies: compute the new content once, then commit it to all of them."""
     new = value
@@ -149,6 +162,17 @@ def first_copy(copies: Copies) -> Array:
     return copies.views[0]
 
 
+def read_at_server(copies: Copies, _: ReplicaContext | None = None) -> Array:
+    """Return a read-only copy of the value between two writes."""
+    assert copies.server is not None
+    return copies.server.ask("read_value", _taken, copies)
+
+
+def _taken(copies: Copies) -> Array:
+    taken: Array = copies.memory.read_only(copies.memory.apply(np.array, copies.arrays[0]))
+    return taken
+
+
 def every_copy(copies: Copies) -> PerReplica[Array]:
     """Return all copies of this process as a ``PerReplica``."""
     placement = copies.placement
@@ -165,7 +189,12 @@ def aggregate_copies(copies: Copies) -> Array:
         )
     if debugging.active is not None:
         debugging.active.note_aggregate(id(copies), copies.name)
+    recording = tracing.active
+    began = 0 if recording is None else recording.begin("read")
     result: Array = copies.memory.read_only(aggregated(copies, list(copies.arrays)))
+    if recording is not None:
+        about = {"variables": [copies.name], "bytes": result.nbytes, "dtype": str(result.dtype)}
+        recording.end("read", "read", began, about)
     return result
 
 
@@ -181,7 +210,7 @@ def aggregated(copies: Copies, values: list[Array]) -> Any:
     return copies.placement.communicator.reduce(values, op)
 
 
-SYNC_MODES = {
+SYNC_MODES: dict[Any, SyncMode] = {
     #                 in replica context: write, scatter, read
     #                 in cross-replica context: write, scatter, read
     VariableSynchronization.ON_WRITE: SyncMode(
@@ -195,5 +224,9 @@ SYNC_MODES = {
     VariableSynchronization.NONE: SyncMode(
         write_own_copy, scatter.scatter_own_copy, own_copy,
         write_every_copy, scatter.scatter_every_copy, every_copy,
+    ),
+    SERVED: SyncMode(
+        write_at_server, scatter.scatter_at_server, read_at_server,
+        write_at_server, scatter.scatter_at_server, read_at_server,
     ),
 }  # fmt: skip

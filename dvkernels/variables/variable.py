@@ -252,6 +252,9 @@ def slot_of(variable: Variable, name: str, content: Array | None = None) -> Vari
     label = f"{variable.name}/{name}"
     copies = initial_copies(initial, None, when, how, label, variable.owner)
     copies.mark_as_slot()
+    server = variable._copies.server
+    if server is not None:  # which changes a row and its slots together
+        copies.set_server(server)
     return new_variable(copies, trainable=False)
 
 
