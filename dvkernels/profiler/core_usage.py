@@ -1,14 +1,16 @@
-"""Usage of this process's cores by other programs, from ``/proc/stat``."""
+"""Usage of this process's cores: by other programs, and by threads of libraries."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from dvkernels.cluster import procfs
 
-__all__ = ["CoreUsage", "share_a_physical_core"]
+__all__ = ["CoreUsage", "ThreadUsage", "share_a_physical_core"]
 
 _PROC = Path("/proc")
 _STAT = _PROC / "stat"
@@ -45,6 +47,36 @@ class CoreUsage:
         return min(1.0, max(0.0, others / (wall - self._wall) / len(_cores())))
 
 
+class ThreadUsage:
+    """Clock of the processor time of this process's threads.
+
+    Threads that Python does not know are those of libraries: BLAS, OpenMP, Numba.
+
+    Examples
+    --------
+    >>> ThreadUsage().report()["cores"] >= 1
+    True
+    """
+
+    def __init__(self) -> None:
+        self._before = _seconds_by_thread()
+
+    def report(self) -> dict[str, Any]:
+        """Return the cores, and the seconds since the start that each thread took, most first.
+
+        Threads that have ended meanwhile are left out.
+        """
+        python = {thread.native_id for thread in threading.enumerate()}
+        took: dict[bool, list[float]] = {True: [], False: []}
+        for number, seconds in _seconds_by_thread().items():
+            took[number in python].append(round(seconds - self._before.get(number, 0.0), 6))
+        return {
+            "cores": len(_cores()),
+            "thread_seconds": sorted(took[True], reverse=True),
+            "library_thread_seconds": sorted(took[False], reverse=True),
+        }
+
+
 def share_a_physical_core() -> bool:
     """Return whether two of this process's cores are threads of one physical core.
 
@@ -70,13 +102,21 @@ def _now() -> tuple[float, float | None, float]:
     busy, times = _busy_seconds(), os.times()
     own = times.user + times.system + times.children_user + times.children_system
     if busy is not None:
-        own += sum(map(_seconds_of, procfs.descendants_of(os.getpid())))
+        own += sum(_seconds_of(_PROC / str(pid)) for pid in procfs.descendants_of(os.getpid()))
     return time.perf_counter(), busy, own
 
 
-def _seconds_of(pid: int) -> float:
+def _seconds_by_thread() -> dict[int, float]:
     try:
-        stat = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+        return {int(path.name): _seconds_of(path) for path in (_PROC / "self" / "task").iterdir()}
+    except OSError:
+        return {}
+
+
+def _seconds_of(path: Path) -> float:
+    """Return the processor time of a process or thread; 0 if it has ended."""
+    try:
+        stat = (path / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return 0.0
     fields = stat.rpartition(")")[2].split()

@@ -50,6 +50,7 @@ class TraceContent(NamedTuple):
     lanes: Sequence[Lane]
     num_dropped: int
     others: float | None  # share of the cores' time that other programs took
+    threads: Record  # processor time of the threads: ``core_usage.ThreadUsage``
 
 
 def path_of(path: str | os.PathLike[str], process: ProcessIdentity) -> Path:
@@ -89,6 +90,7 @@ def write(file: BinaryIO, content: TraceContent) -> None:
         "clock_base_ns": process.began,
         "dropped_events": content.num_dropped,
         "share_of_other_programs": content.others,
+        **content.threads,
         "limit": LIMIT,
         "dvkernels": __version__,
         "python": platform.python_version(),

@@ -111,7 +111,12 @@ def _read(path: Path) -> _WorkerTrace:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = _WorkerTrace(content["otherData"], content["traceEvents"])
-        _ = found.worker, found.base, found.about["clock"], found.about["unix_ns"]
+        _ = found.worker, found.base, found.about["clock"], found.about["unix_ns"] + 0
+        for event in found.events:
+            if event["ph"] == "X":
+                _ = event["ts"] + event["dur"] + 0, event["pid"], event["tid"], {**event["args"]}
+            elif "ts" in event:
+                _ = event["ts"] + 0
     except (ValueError, KeyError, TypeError) as error:
         raise TraceError(
             f"{path} is not a trace of one worker, written by dv.profiler.trace ({error!r})"

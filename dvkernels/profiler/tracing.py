@@ -21,7 +21,7 @@ from dvkernels.errors import ContextError
 from dvkernels.profiler import collective_hooks, process_identity, trace_format
 from dvkernels.profiler.atomic_file import AtomicFile
 from dvkernels.profiler.collective_hooks import CollectiveEvent
-from dvkernels.profiler.core_usage import CoreUsage
+from dvkernels.profiler.core_usage import CoreUsage, ThreadUsage
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.profiler.nvtx_ranges import NvtxRanges
 from dvkernels.profiler.trace_format import Lane, TraceContent, TraceEvent
@@ -126,7 +126,7 @@ class trace:
             raise ValueError(f"trace: max_events is a positive integer, got {max_events}")
         self._nvtx = NvtxRanges() if nvtx else None
         self._process = process_identity.describe()
-        self._usage = CoreUsage()
+        self._usage, self._threads = CoreUsage(), ThreadUsage()
         self._ring: collections.deque[TraceEvent] = collections.deque(maxlen=max_events)
         self._append = self._ring.append
         self._count = itertools.count().__next__
@@ -181,8 +181,9 @@ class trace:
         events = [*self._ring]
         share = self._usage.share_of_others()
         return TraceContent(
-            self._process, events, [*self._lanes], self._count() - len(events), share
-        )
+            self._process, events, [*self._lanes], self._count() - len(events), share,
+            self._threads.report(),
+        )  # fmt: skip
 
     # -- lanes ------------------------------------------------------------------------------------
 

@@ -279,7 +279,8 @@ step_report.RUNS.add(Runner._run.__code__)
 def _traced(rendezvous: Rendezvous, rank: int, call: Call) -> Any:
     """Run one replica inside a trace span."""
     replica, recording = rendezvous.global_rank(rank), tracing.active
-    about = {"replica": replica, "step": rendezvous.label.step}
+    label = rendezvous.label
+    about = {"replica": replica, "step": label.step, "strategy": label.strategy}
     with tracing.span("run", "step", lane=f"replica {replica}", **about):
         result = call(rendezvous, rank)
     if rank == 0 and recording is not None:

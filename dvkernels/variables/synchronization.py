@@ -15,7 +15,7 @@ import numpy as np
 from dvkernels import reduce_op
 from dvkernels.devices.array_spec import Array
 from dvkernels.errors import SynchronizationError
-from dvkernels.profiler import debugging
+from dvkernels.profiler import debugging, tracing
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.replica_context import ReplicaContext
 from dvkernels.values.distributed import PerReplica
@@ -189,7 +189,12 @@ def aggregate_copies(copies: Copies) -> Array:
         )
     if debugging.active is not None:
         debugging.active.note_aggregate(id(copies), copies.name)
+    recording = tracing.active
+    began = 0 if recording is None else recording.begin("read")
     result: Array = copies.memory.read_only(aggregated(copies, list(copies.arrays)))
+    if recording is not None:
+        about = {"variables": [copies.name], "bytes": result.nbytes, "dtype": str(result.dtype)}
+        recording.end("read", "read", began, about)
     return result
 
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, final
 
 import numpy as np
 
-from dvkernels import context
+from dvkernels import context, html_table
 from dvkernels.devices.array_spec import Array, Spec
 from dvkernels.devices.device import Device
 from dvkernels.errors import ContextError
@@ -225,6 +225,11 @@ class Variable(VariableReads, VariableWrites, DistributedValues[Any]):
             f"{self.synchronization.value}/{self.aggregation.value} on "
             f"{', '.join(str(device) for device in self.devices)}>"
         )
+
+    _repr_html_ = html_table.of_attributes(
+        name="name", shape=lambda self: str(self.shape), dtype="dtype", devices="devices",
+        synchronization="synchronization", aggregation="aggregation",
+    )  # fmt: skip
 
 
 def new_variable(copies: Copies, trainable: bool, *, is_draft: bool = False) -> Variable:

@@ -5,34 +5,11 @@ from __future__ import annotations
 import json
 import os
 
-import numpy as np
 import pytest
 
-import dvkernels as dv
 from dvkernels.cli import main
 from dvkernels.errors import TraceError
 from dvkernels.profiler import trace_merge
-
-
-def job(path):
-    """Record the trace of a worker."""
-    with dv.MultiWorkerMirroredStrategy(devices=["cpu:0"] * 2) as strategy:
-
-        def step():
-            dv.get_replica_context().all_reduce("sum", np.ones(1000))
-            dv.get_replica_context().barrier()
-
-        strategy.run(step)
-        with dv.profiler.trace(path):
-            for _ in range(5):
-                strategy.run(step)
-
-
-@pytest.fixture(scope="module")
-def traces(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("traces")
-    dv.launch(job, (folder / "run.json",), workers=2)
-    return [folder / "run.worker-0.json", folder / "run.worker-1.json"]
 
 
 def with_clock(path, target, shift_ns, **changed):

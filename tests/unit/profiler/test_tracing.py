@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import sys
@@ -183,6 +184,44 @@ def test_arrows_lead_from_the_last_replica_to_those_that_waited(tmp_path):
             and span["ts"] <= arrow["ts"] <= span["ts"] + span["dur"] + 1e-3
             for span in spans["barrier"]
         )
+
+
+def test_runs_name_their_strategy_and_reads_of_aggregates_are_spans(tmp_path):
+    path = tmp_path / "t.json"
+    with dv.MirroredStrategy(["cpu:0"] * 2) as strategy:
+        with strategy.scope():
+            modes = {"synchronization": "on_read", "aggregation": "mean"}
+            loss = dv.Variable(np.zeros(10), name="loss", **modes)
+            weight = dv.Variable(0.0)
+        with dv.profiler.trace(path):
+            strategy.run(loss.read_value)  # the own copy of each
+            loss.read_value()
+            weight.read_value()
+    spans, _ = recorded(path)
+    assert {run["args"]["strategy"] for run in spans["run"]} == {"MirroredStrategy(cpu:0, cpu:0)"}
+    about = {"variables": ["loss"], "bytes": 80, "dtype": "float64"}
+    assert [read["args"] for read in spans["read"]] == [about]
+
+
+def test_threads_that_python_does_not_know_count_as_those_of_libraries(tmp_path):
+    path, stop = tmp_path / "t.json", []
+
+    def spin():
+        while not stop:
+            pass
+
+    with dv.profiler.trace(path):
+        usage = tracing.active._threads
+        _thread.start_new_thread(spin, ())
+        try:
+            while not any(usage.report()["library_thread_seconds"]):
+                time.sleep(0.01)
+        finally:
+            stop.append(True)
+    about = json.loads(path.read_text())["otherData"]
+    assert about["cores"] >= 1
+    assert len(about["thread_seconds"]) >= 1
+    assert about["thread_seconds"] == sorted(about["thread_seconds"], reverse=True)
 
 
 def test_ranges_nest_in_each_thread(tmp_path):
