@@ -75,8 +75,7 @@ class ClosureQueue:
             raise ContextError(f"schedule of {self.name}: {self.why_closed}")
         self._open.append(closure)
         self._queue.put(closure)
-        if self.why_closed:  # by another thread meanwhile
-            self._cancel_all(self.why_closed)
+        self._cancel_if_closed()  # by another thread meanwhile
 
     def join(self) -> None:
         """Wait until all closures have ended; raise an error that has not come out."""
@@ -212,14 +211,17 @@ class ClosureQueue:
     def close(self, why: str, num_workers: int) -> None:
         """Cancel the closures that no worker has taken, and let the workers end."""
         self.why_closed = self.why_closed or why
-        self._cancel_all(why)
+        self._cancel_if_closed()
         for _ in range(num_workers):
             self.wake()
 
-    def _cancel_all(self, why: str) -> None:
+    def _cancel_if_closed(self) -> None:
+        if not self.why_closed:
+            return
         for closure in list(self._open):
             if closure.claim.take():
-                closure.end(None, CallCancelledError(f"{closure} was cancelled: {why}"))
+                text = f"{closure} was cancelled: {self.why_closed}"
+                closure.end(None, CallCancelledError(text))
 
     def wake(self) -> None:
         """Let a worker that waits for a closure see that there will be none."""
