@@ -5,9 +5,13 @@ A message says what was expected, what was received, from which replica, and wha
 
 from __future__ import annotations
 
+from dvkernels import tracebacks
+
 __all__ = [
+    "PREEMPTED",
     "AlgorithmError",
     "BufferMismatchError",
+    "CallCancelledError",
     "CheckpointDamagedError",
     "CheckpointError",
     "ClusterError",
@@ -28,9 +32,15 @@ __all__ = [
     "WorkerLostError",
 ]
 
+PREEMPTED = 42  # exit status of a process that was preempted and has saved
+
 
 class DvKernelsError(Exception):
     """Base class of every error that the library raises itself."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that IPython prints, without the frames of this package."""
+        return tracebacks.rendered(self)
 
 
 class BufferMismatchError(DvKernelsError, ValueError):
@@ -83,6 +93,10 @@ class SynchronizationError(DvKernelsError, ValueError):
 
 class ContextError(DvKernelsError, RuntimeError):
     """The call is not allowed in this context, or belongs to another strategy or replica."""
+
+
+class CallCancelledError(DvKernelsError, RuntimeError):
+    """A call scheduled on a coordinator was not made: one before it failed, or it was closed."""
 
 
 class CheckpointError(DvKernelsError, ValueError):

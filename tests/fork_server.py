@@ -28,6 +28,7 @@ import gc, json, os, signal, socket, sys, threading, types
 import numba
 import dvkernels
 import dvkernels.kernels.cpu.compile_ahead
+dvkernels.Strategy  # and with it all public names
 from numba.core.registry import cpu_target
 
 cpu_target.target_context.refresh()  # which the first compiled function would do

@@ -29,8 +29,10 @@ HOUSE = ROOT / "dvkernels"
 ROWS = (
     (
         "_version",
+        "tracebacks",
         "errors",
         "user_errors",
+        "html_table",
         "deadlines",
         "thread_frames",
         "enumeration",
@@ -52,13 +54,13 @@ ROWS = (
     ("data",),
     ("checkpoint", "optimizers"),
     ("strategies",),
-    ("benchmarks", "launcher"),
+    ("benchmarks", "coordinator", "launcher"),
     ("cli", "testing", "__main__"),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS, start=1) for room in rooms}
 TOP_ROW = len(ROWS)
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
-# What `import dvkernels` must not load.
+# What the public names of dvkernels must not load.
 HEAVY = {
     "cupy",
     "jax",
@@ -482,10 +484,30 @@ begin = time.perf_counter()
 import numpy
 start = time.perf_counter()
 import dvkernels
+dvkernels.Strategy  # and with it all public names
 seconds, numpy_seconds = time.perf_counter() - start, start - begin
 loaded = sorted({m.split(".")[0] for m in sys.modules})
 print(json.dumps({"seconds": seconds, "numpy_seconds": numpy_seconds, "loaded": loaded}))
 """
+
+
+def test_the_public_names_are_those_that_type_checkers_see() -> None:
+    import dvkernels
+
+    block = next(node for node in _tree("dvkernels").body if isinstance(node, ast.If))
+    typed = {
+        alias.name: _absolute("dvkernels", node)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    rooms = {name: "dvkernels" for name in dvkernels._ROOMS}
+    assert typed == {**rooms, **dvkernels._TOGETHER, **dvkernels._ALONE}
+    assert {*typed, "__version__"} == set(dvkernels.__all__) <= set(dir(dvkernels))
+    for name in typed:
+        assert getattr(dvkernels, name) is vars(dvkernels)[name]
+    with pytest.raises(AttributeError, match="no attribute 'variable'"):
+        dvkernels.variable  # noqa: B018
 
 
 def test_import_is_light(tmp_path: Path) -> None:

@@ -6,13 +6,17 @@ examples per second to those of one replica, in alternating runs.
 
 from __future__ import annotations
 
+import itertools
 import statistics
+import tempfile
+from pathlib import Path
 
 import dvkernels as dv
 
 EXAMPLES_PER_REPLICA = 512
 EPOCHS_PER_REPLICA = 60
 NUM_ROUNDS = 5
+STEPS_PER_BLOCK, TRACE_ROUNDS = 40, 15
 
 
 class Training:
@@ -33,9 +37,9 @@ class Training:
         self.limits.restore_original_limits()
 
     def _train(self, num_replicas, epochs_per_replica=EPOCHS_PER_REPLICA):
-        from dvkernels.cli import training_loop
+        from dvkernels.cli import training_config, training_loop
 
-        config = training_loop.TrainingConfig(
+        config = training_config.TrainingConfig(
             epochs=epochs_per_replica * num_replicas,
             batch_size=EXAMPLES_PER_REPLICA * num_replicas,
             num_hidden=512,
@@ -62,3 +66,35 @@ class Training:
         return statistics.median(ratios)
 
     track_gain_of_two_replicas.unit = "times the examples/s of one"
+
+    def track_cost_of_a_trace(self):
+        """Compare steps of two replicas while a trace records them with the same without one."""
+        from dvkernels.cli import training_loop
+
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            dv.MirroredStrategy(["cpu:0", "cpu:1"]) as two,
+        ):
+            config = training_loop.TrainingConfig(epochs=10**6)
+            training = training_loop.Training(two, config, self.data)
+
+            def seconds_per_step(is_traced):
+                training.times.clear()
+                if is_traced:
+                    with dv.profiler.trace(Path(folder) / "run.json"):
+                        training.advance(STEPS_PER_BLOCK)
+                else:
+                    training.advance(STEPS_PER_BLOCK)
+                return training.times.seconds_per_step
+
+            with training.batches:
+                training.advance(STEPS_PER_BLOCK)
+                ratios = []
+                for is_first in itertools.islice(itertools.cycle([True, False]), TRACE_ROUNDS):
+                    times = {
+                        traced: seconds_per_step(traced) for traced in (is_first, not is_first)
+                    }
+                    ratios.append(times[True] / times[False])
+        return 100 * (statistics.median(ratios) - 1)
+
+    track_cost_of_a_trace.unit = "% of a step"

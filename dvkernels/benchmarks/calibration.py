@@ -3,8 +3,7 @@
 All from in-place sums of two float32 buffers, medians of several rounds:
 
 * ``call``: time of a call that moves 16 bytes;
-* ``rate_of_one``, ``cached_rate``: slope between two sizes on one thread, near the size where
-  sharing starts to pay, and within the first-level cache;
+* ``rate_of_one``: slope between two sizes on one thread, near where sharing starts to pay;
 * ``rate_of_all``: slope between two sizes of jobs that all threads share;
 * ``join``: time of a shared job beyond that of its bytes, with helper threads awake;
 * ``wake``: time to wake sleeping helper threads; they start 30 to 100 us later.
@@ -56,7 +55,7 @@ class _Sum:
 
 def calibrate(num_rounds: int) -> Machine:
     """Measure the constants of this machine, within a second or two."""
-    tiny, small = _Sum(16), _Sum(8 * _KIB)
+    tiny = _Sum(16)
     middle, large = _Sum(128 * _KIB), _Sum(1024 * _KIB)
 
     def median(call: Callable[[], Any], iterations: int) -> float:
@@ -67,7 +66,6 @@ def calibrate(num_rounds: int) -> Machine:
         return statistics.median(once() for _ in range(5 * num_rounds))
 
     call = median(tiny.alone, 1000)
-    cached = small.moved / max(1e-9, median(small.alone, 1000) - call)
     rate_of_one = _slope(middle, large, [median(each.alone, 50) for each in (middle, large)])
     shared = [median(each.shared, 50) for each in (middle, large)]
     rate_of_all = _slope(middle, large, shared)
@@ -77,7 +75,7 @@ def calibrate(num_rounds: int) -> Machine:
         time.sleep(_NAP_SECONDS)
         wakes.append(timed(thread_pool.wake, 1))
     wake = statistics.median(wakes)
-    return Machine(call, join, wake, rate_of_one, rate_of_all, cached)
+    return Machine(call, join, wake, rate_of_one, rate_of_all)
 
 
 def _slope(small: _Sum, large: _Sum, seconds: list[float]) -> float:

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dvkernels.benchmarks import c_probe
 from dvkernels.benchmarks.cases import Case
 from dvkernels.benchmarks.probe import Probe
 from dvkernels.benchmarks.stopwatch import Samples, alternate, ratio, timed
 from dvkernels.errors import WorkerLostError
+from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["Answer", "Measurement", "Peer", "measure", "numpy_all_reduce"]
 
@@ -48,6 +50,12 @@ class Measurement(NamedTuple):
     peers: Mapping[str, Samples]
     wrong_of_peers: Mapping[str, int]
     lost_peers: Mapping[str, str]
+    in_c: Samples | None = None  # the same all-reduce in C
+
+    @property
+    def attained_of_c(self) -> float | None:
+        """The fraction of the speed of the all-reduce in C; None where that was not measured."""
+        return None if self.in_c is None else ratio(self.in_c, self.ours)
 
     @property
     def attained(self) -> float:
@@ -74,6 +82,8 @@ class Measurement(NamedTuple):
             "moved_bytes": case.moved,
             "probe_seconds": self.probe.median,
             "attained": self.attained,
+            "c_seconds": None if self.in_c is None else self.in_c.median,
+            "attained_of_c": self.attained_of_c,
             "wrong": self.wrong,
             "peers": {
                 name: {
@@ -126,9 +136,15 @@ def measure(
         "ours": ours,
         "probe": lambda: probe.seconds(passes),
     }
+    is_all_reduce = case.collective == "all_reduce"
+    if is_all_reduce and not c_probe.reason_for_none() and c_probe.is_supported(buffers):
+        in_c = c_probe.CProbe(buffers)
+        timers["probe"] = lambda: min(probe.seconds(passes), in_c.seconds(passes, True))
+        if case.dtype == np.float32 and case.op in (ReduceOp.SUM, ReduceOp.MEAN):
+            timers["c"] = _renewed(renew, lambda: in_c.seconds(passes, False))
     wrong_of_peers: dict[str, int] = {}
     lost: dict[str, str] = {}
-    peers_support_it = case.collective == "all_reduce" and case.op.value == "sum"
+    peers_support_it = is_all_reduce and case.op.value == "sum"
     if peers_support_it and with_numpy:
         timers["numpy"] = timer_of(lambda: numpy_all_reduce(buffers))
     for name, worker in (workers or {}).items() if peers_support_it else ():
@@ -142,7 +158,18 @@ def measure(
         timers[name] = _peer_timer(worker, case, _iterations(first.seconds))
     found = alternate(timers, num_rounds, _REST_SECONDS if workers else 0.0)
     our_samples, probe_samples = found.pop("ours"), found.pop("probe")
-    return Measurement(case, our_samples, probe_samples, wrong, found, wrong_of_peers, lost)
+    in_c_samples = found.pop("c", None)
+    return Measurement(
+        case, our_samples, probe_samples, wrong, found, wrong_of_peers, lost, in_c_samples
+    )
+
+
+def _renewed(renew: Callable[[], None], timer: Callable[[], float]) -> Callable[[], float]:
+    def seconds() -> float:
+        renew()
+        return timer()
+
+    return seconds
 
 
 def _peer_timer(worker: Peer, case: Case, iterations: int) -> Callable[[], float]:

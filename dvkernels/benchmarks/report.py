@@ -11,9 +11,9 @@ __all__ = ["header", "line"]
 
 _COLUMNS = (
     ("size", 12), ("count", 11), ("type", 10), ("op", 5), ("alg", 7), ("time", 11),
-    ("quartiles", 21), ("algbw", 8), ("busbw", 8), ("probe", 6), ("#wrong", 7),
+    ("quartiles", 21), ("algbw", 8), ("busbw", 8), ("probe", 6), ("C", 6), ("#wrong", 7),
 )  # fmt: skip
-_UNITS = ("(B)", "(elements)", "", "", "", "(us)", "(us)", "(GB/s)", "(GB/s)", "", "")
+_UNITS = ("(B)", "(elements)", "", "", "", "(us)", "(us)", "(GB/s)", "(GB/s)", "", "", "")
 
 
 def header(peers: Sequence[str]) -> str:
@@ -32,7 +32,8 @@ def line(found: Measurement, peers: Sequence[str]) -> str:
     cells = (
         f"{case.count * case.dtype.itemsize}", f"{case.count}", case.dtype.name, case.op.value,
         case.algorithm, f"{1e6 * found.ours.median:.2f}", f"{low:.2f} to {high:.2f}",
-        f"{algbw:.3f}", f"{busbw:.3f}", f"{found.attained:.2f}", f"{found.wrong}",
+        f"{algbw:.3f}", f"{busbw:.3f}", f"{found.attained:.2f}",
+        "-" if found.attained_of_c is None else f"{found.attained_of_c:.2f}", f"{found.wrong}",
     )  # fmt: skip
     texts = [cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True)]
     for peer in peers:

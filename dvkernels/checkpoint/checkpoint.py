@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dvkernels import context
+from dvkernels import context, html_table
 from dvkernels.checkpoint.format import step_names
 from dvkernels.checkpoint.objects import ObjectTree
 from dvkernels.checkpoint.restoring import restore
@@ -175,6 +175,10 @@ class Checkpoint(SavesInBackground):
 
     def __repr__(self) -> str:
         return f"Checkpoint({', '.join(self.objects)})"
+
+    _repr_html_ = html_table.of_attributes(
+        objects=lambda self: {name: type(each).__name__ for name, each in self.objects.items()}
+    )
 
 
 def check_context(verb: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dvkernels import html_table
 from dvkernels.checkpoint import all_or_none
 from dvkernels.checkpoint.checkpoint import Checkpoint, check_context
 from dvkernels.checkpoint.format import step_names
@@ -225,6 +226,8 @@ class CheckpointManager(SavesInBackground):
 
     def __repr__(self) -> str:
         return f"CheckpointManager({str(self._directory)!r}, max_to_keep={self._max_to_keep})"
+
+    _repr_html_ = html_table.of_attributes(directory="_directory", max_to_keep="_max_to_keep")
 
     def _opened_tree(self) -> ObjectTree:
         """Open the tree of the objects, after waiting for saves in the background."""

@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Protocol, Self
 
-from dvkernels.errors import ContextError
+from dvkernels.errors import PREEMPTED, ContextError
 from dvkernels.profiler.debugging import LOGGER
 
-__all__ = ["PREEMPTED", "PreemptionHandler"]
-
-PREEMPTED = 42  # exit status of a process that was preempted and has saved
+__all__ = ["PreemptionHandler"]
 
 
 class SupportsSave(Protocol):

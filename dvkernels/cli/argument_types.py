@@ -1,4 +1,4 @@
-"""Argument types of command-line options, and counted nouns."""
+"""Argument types of command-line options, the option ``--json``, and counted nouns."""
 
 from __future__ import annotations
 
@@ -61,6 +61,15 @@ def seconds(text: str) -> float:
     if not number >= 0:
         raise argparse.ArgumentTypeError(f"expected seconds of at least 0, got {text}")
     return number
+
+
+def add_json(parser: argparse.ArgumentParser, content: str) -> None:
+    """Declare the option that makes standard output one JSON object."""
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help=f"print {content} as one JSON object (default: lines of text)",
+    )
 
 
 def counted(number: int, noun: str) -> str:

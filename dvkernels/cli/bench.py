@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dvkernels._version import __version__
-from dvkernels.cli import argument_types, bench_gpu, output_paths
+from dvkernels.cli import argument_types, output_paths
 from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, BufferMismatchError
-from dvkernels.profiler import atomic_file
 
 if TYPE_CHECKING:
     from dvkernels.benchmarks.between_gpus import Library
@@ -27,6 +25,12 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 HELP = "measure collectives by size, compared with the memory limit and NumPy"
+EXAMPLES = (
+    ("all_reduce, 4 B to 256 MiB", "python -m dvkernels bench"),
+    ("beside NumPy, as a plot", "python -m dvkernels bench --peers numpy --plot curves.svg"),
+    ("others", "python -m dvkernels bench broadcast all_gather --sizes 1M:64M --replicas 4"),
+    ("all measurements of GPUs", "python -m dvkernels bench --device cuda --report gpu.json"),
+)
 
 _SUFFIXES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _DEFAULT_SIZES = "4:256M"
@@ -99,12 +103,18 @@ def add_arguments(parser: argparse.ArgumentParser, peers: str = "numpy") -> None
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="cuda: run all GPU benchmarks at once; of the other options only --rounds applies",
+        help="cuda: run all GPU benchmarks; of the other options only --rounds and --json apply",
     )
     parser.add_argument(
         "--report", metavar="FILE", help="with --device cuda: write JSON here, and a page (.md)"
     )
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="'-' is stdout")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write one JSON object to a file; without FILE, or to -, instead of lines of text",
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")
     parser.add_argument(
         "--calibrate",
@@ -124,15 +134,14 @@ def run(arguments: argparse.Namespace) -> int:
 def measure(arguments: argparse.Namespace, others: OtherLibraries) -> int:
     """Measure and print; return 1 if any element was wrong or a peer was lost."""
     if arguments.device == "cuda":
-        return bench_gpu.run(arguments, others.program, others.between_gpus)
-    # Imported here: loads Numba and compiled kernels, which wrong options need not wait for.
-    from dvkernels.benchmarks import available_memory, calibration, cases, measurement, report
+        from dvkernels.cli import bench_gpu
 
-    if arguments.calibrate and default_resolver().num_workers > 1:
-        return _calibrate_workers(arguments, others.program)
+        return bench_gpu.run(arguments, others.program, others.between_gpus)
     if arguments.calibrate:
-        print(calibration.describe(calibration.calibrate(arguments.rounds)))
-        return 0
+        return _calibrate(arguments, others.program)
+    # Imported here: loads Numba and compiled kernels, which wrong options need not wait for.
+    from dvkernels.benchmarks import available_memory, cases, measurement, report
+
     collectives = arguments.collectives or ["all_reduce"]
     if arguments.rounds < 1:
         raise BufferMismatchError(f"bench: expected at least 1 round; got {arguments.rounds}")
@@ -144,10 +153,8 @@ def measure(arguments: argparse.Namespace, others: OtherLibraries) -> int:
         for nbytes in _sizes(arguments.sizes, arguments.factor)
     ]
     plot_path = None if arguments.plot is None else output_paths.plot(arguments.plot)
-    quiet = arguments.json == "-"
-    json_path = (
-        None if quiet or arguments.json is None else output_paths.file("--json", arguments.json)
-    )
+    json_output = output_paths.JsonOutput(arguments.json)
+    quiet = json_output.is_stdout
     about = _about(arguments, others.program)
     limit = available_memory.available_nbytes() // 2
     records: list[dict[str, Any]] = []
@@ -192,30 +199,29 @@ def measure(arguments: argparse.Namespace, others: OtherLibraries) -> int:
     lost = sum(len(each.lost_peers) for each in measurements)
     if not quiet:
         print(f"# errors: {wrong} wrong elements, {lost} peers lost")
-    text = json.dumps({**about, "results": records, "wrong": wrong}, indent=1)
-    if quiet:
-        print(text)
-    elif json_path is not None:
-        atomic_file.write_text(json_path, text + "\n")
+    json_output.write({**about, "results": records, "wrong": wrong})
     if plot_path is not None:
         _draw(measurements, plot_path, about)
     return 1 if wrong or lost else 0
 
 
-def _calibrate_workers(arguments: argparse.Namespace, program: str) -> int:
-    """Measure the cost model between the workers of this job; the chief prints the result."""
-    from dvkernels.benchmarks import network_calibration
+def _calibrate(arguments: argparse.Namespace, program: str) -> int:
+    """Measure the cost model of this machine, or between the workers of this job."""
+    from dvkernels.benchmarks import calibration, network_calibration
 
     resolver = default_resolver()
-    has_file = arguments.json not in (None, "-") and resolver.is_chief
-    json_path = output_paths.file("--json", arguments.json) if has_file else None
-    found = network_calibration.calibrate(resolver, arguments.rounds)
-    if not resolver.is_chief:
-        return 0
-    print(network_calibration.describe(found))
-    if json_path is not None:
-        record = {**_about(arguments, program), **network_calibration.as_record(found)}
-        atomic_file.write_text(json_path, json.dumps(record, indent=1) + "\n")
+    json_output = output_paths.JsonOutput(arguments.json if resolver.is_chief else None)
+    if resolver.num_workers > 1:
+        between = network_calibration.calibrate(resolver, arguments.rounds)
+        text = network_calibration.describe(between)
+        record = network_calibration.as_record(between)
+    else:
+        machine = calibration.calibrate(arguments.rounds)
+        text, record = calibration.describe(machine), {"constants": machine._asdict()}
+    if resolver.is_chief:
+        if not json_output.is_stdout:
+            print(text)
+        json_output.write({**_about(arguments, program), **record})
     return 0
 
 
@@ -246,6 +252,8 @@ def _nbytes(text: str) -> int:
 
 
 def _about(arguments: argparse.Namespace, program: str) -> dict[str, Any]:
+    from dvkernels.benchmarks import c_probe
+
     packages = ("numpy", "numba", "llvmlite")
     return {
         "dvkernels": __version__,
@@ -256,6 +264,7 @@ def _about(arguments: argparse.Namespace, program: str) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in packages},
         "command": f"{program} bench " + " ".join(_without_paths(sys.argv)),
         "rounds": arguments.rounds,
+        "c_probe": c_probe.describe(),
     }
 
 
@@ -273,7 +282,8 @@ def _heading(about: dict[str, Any]) -> list[str]:
     lines = [
         f"dvkernels {about['dvkernels']}, {about['date']}, {about['machine']}",
         f"Python {about['python']}, {packages}; {about['rounds']} alternating rounds, medians",
-        "probe: the faster in-place memory probe, and the fraction of its rate that was reached",
+        "probe: the fastest pass that only touches, and the fraction of its rate that was reached",
+        f"C: the fraction of the rate of the same float32 all-reduce in C ({about['c_probe']})",
     ]
     return lines + [f"{name}: {note}" for name, note in about["peers"].items()]
 

@@ -33,6 +33,7 @@ def run(
     report = None if arguments.report is None else output_paths.file("--report", arguments.report)
     if report is not None:
         output_paths.file("--report", str(report.with_suffix(".md")))
+    json_output = output_paths.JsonOutput(arguments.json)
     plan = (
         gpu.MeasurementPlan(**_SIMULATED)  # type: ignore[arg-type]
         if cuda.is_simulated()
@@ -54,9 +55,11 @@ def run(
     libraries = between_gpus.LIBRARIES if libraries is None else libraries
     figures += between_gpus.measure([device.index for device in cuda.devices()], plan, libraries)
     fragment = gpu.page(figures, about)
-    print(fragment, end="")
+    if not json_output.is_stdout:
+        print(fragment, end="")
+    data = {"about": about, "figures": [figure._asdict() for figure in figures]}
+    json_output.write(data)
     if report is not None:
-        data = {"about": about, "figures": [figure._asdict() for figure in figures]}
         atomic_file.write_text(report, json.dumps(data, indent=1) + "\n")
         atomic_file.write_text(report.with_suffix(".md"), fragment)
     return 0

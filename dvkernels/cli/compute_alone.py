@@ -15,7 +15,7 @@ import numpy as np
 from dvkernels.cli import mlp
 from dvkernels.cli.digits import Digits
 from dvkernels.cli.step_times import clock
-from dvkernels.cli.training_loop import TrainingConfig
+from dvkernels.cli.training_config import TrainingConfig
 from dvkernels.devices.device import Device
 
 __all__: list[str] = []

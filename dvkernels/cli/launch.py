@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
@@ -12,13 +13,18 @@ import sys
 from dvkernels.cli import argument_types
 from dvkernels.cluster import simulated_hosts
 from dvkernels.errors import LaunchError
-from dvkernels.launcher import attempts, commands, job_plan, leaked_shm
+from dvkernels.launcher import commands, job_plan, leaked_shm
 from dvkernels.launcher.commands import LauncherFlavour
 from dvkernels.launcher.job_description import HostSlots
 
 __all__: list[str] = []
 
 HELP = "start a program on several workers: here, or with the installed mpiexec or srun"
+EXAMPLES = (
+    ("four workers on this host", "python -m dvkernels launch -n 4 train.py --epochs 10"),
+    ("a module; again after a failure", "python -m dvkernels launch --max-restarts 3 -m my.train"),
+    ("two hosts, by MPI", "python -m dvkernels launch --hosts node1:2,node2:2 train.py"),
+)
 
 _HOST = re.compile(r"(?P<name>[^\s:,]+|\[[0-9a-fA-F:]+\])(?::(?P<count>[1-9][0-9]*))?")
 
@@ -105,11 +111,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the command, quoted for a shell, and end"
     )
+    parser.add_argument(
+        "--json", action="store_true", help="with --dry-run: print command and variables as JSON"
+    )
     parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Start the workers and wait for them; return the job's exit status."""
+    if arguments.json and not arguments.dry_run:
+        raise LaunchError("--json needs --dry-run: what a job prints is what its program prints")
     launcher, flavour = _engine(arguments)
     job = job_plan.plan(
         flavour,
@@ -126,9 +137,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         added = commands.environment(job.num_threads, os.environ)
         with leaked_shm.host_group(job.num_workers, flavour is commands.LOCAL) as group:
-            assignments = [f"{name}={value}" for name, value in (added | group).items()]
-        print(shlex.join(["env", *assignments, *commands.command(launcher, flavour, job)]))
+            variables = added | group
+        command = commands.command(launcher, flavour, job)
+        assignments = [f"{name}={value}" for name, value in variables.items()]
+        text = shlex.join(["env", *assignments, *command])
+        about = {"environment": variables, "command": command}
+        print(json.dumps(about) if arguments.json else text)
         return 0
+    from dvkernels.launcher import attempts
+
     return attempts.run(
         launcher,
         flavour,

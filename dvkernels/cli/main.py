@@ -7,9 +7,10 @@ import contextlib
 import importlib
 import json
 import os
-import signal
 import sys
-from collections.abc import Mapping, Sequence
+import textwrap
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dvkernels._version import __version__
@@ -17,9 +18,8 @@ from dvkernels.errors import DvKernelsError
 
 __all__: list[str] = []
 
-_BROKEN_PIPE = 128 + signal.SIGPIPE
-
-_VERBS = {
+# Importing these modules loads neither NumPy nor Numba: a help text does not wait for them.
+VERBS = {
     "train": "dvkernels.cli.train",
     "launch": "dvkernels.cli.launch",
     "bench": "dvkernels.cli.bench",
@@ -31,64 +31,137 @@ _VERBS = {
     "ask": "dvkernels.cli.ask",
 }
 
+_BAD_INPUT, _OWN_ERROR, _INTERRUPTED, _BROKEN_PIPE = 2, 70, 130, 141
+
+EXIT_STATUSES = {
+    0: "all is well",
+    1: "a check failed: a wrong element, a damaged checkpoint, a training that diverged",
+    _BAD_INPUT: "wrong options, or something is missing: a file, a device, a package, memory, disk",
+    42: "train: saved after SIGTERM or SIGUSR1, to be resumed (--preemption-exit-code)",
+    _OWN_ERROR: "an error in dvkernels itself; --debug prints its traceback",
+    124: "launch: the time of --timeout is over",
+    129: "train: saved after SIGHUP",
+    _INTERRUPTED: "Ctrl-C",
+    _BROKEN_PIPE: "no process reads the output any more",
+}
+_OF_LAUNCH = "launch otherwise exits with the status of the worker that failed first."
+
 
 def main(
     argv: Sequence[str] | None = None,
-    verbs: Mapping[str, str] = _VERBS,  # name -> module
+    verbs: Mapping[str, str] = VERBS,  # name -> module
     program: str = "python -m dvkernels",
     description: str | None = __doc__,
 ) -> int:
-    """Run one verb; return the exit status: 0, 1 (a check failed), 2 (bad input), 130 (Ctrl-C)."""
-    asks_for_json = False
-    words = sys.argv[1:] if argv is None else argv
+    """Run one verb; return the exit status, one of ``EXIT_STATUSES`` or that of a job."""
+    arguments = argparse.Namespace(debug=False)
     try:
-        verb, arguments = _parse(words, verbs, program, description)
-        asks_for_json = getattr(arguments, "json", None) in (True, "-")
+        words = sys.argv[1:] if argv is None else argv
+        verb = _parse(words, verbs, program, description, arguments)
         status: int = verb.run(arguments)
-        sys.stdout.flush()  # raises here if the reader has closed the pipe
+        if sys.stdout is not None:
+            sys.stdout.flush()  # raises here if the reader has closed the pipe, or the disk is full
         return status
     except BrokenPipeError:
-        # Drop the rest of the output, or the interpreter would fail to flush it at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
-    except (DvKernelsError, OSError) as error:
-        return _failed(str(error), asks_for_json)
+    except KeyboardInterrupt as error:
+        return _failed(error, "interrupted", _INTERRUPTED, arguments)
+    except OSError as error:
+        parts = [str(part) for part in (error.filename, error.strerror) if part is not None]
+        text = ": ".join(parts) or str(error)
+        return _failed(error, text, _BAD_INPUT, arguments)
+    except DvKernelsError as error:
+        return _failed(error, str(error), _BAD_INPUT, arguments)
     except MemoryError as error:
-        return _failed(f"not enough memory: {error}", asks_for_json)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _failed(error, f"not enough memory: {error}", _BAD_INPUT, arguments)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}; this is an error in dvkernels"
+        return _failed(error, f"{text}: --debug prints its traceback", _OWN_ERROR, arguments)
+    finally:
+        _drop_unwritable_output()
 
 
 def _parse(
-    words: Sequence[str], modules: Mapping[str, str], program: str, description: str | None
-) -> tuple[Any, argparse.Namespace]:
-    """Parse the command line; return the module of the verb, and its arguments."""
-    parser = argparse.ArgumentParser(prog=program, description=description)
-    parser.add_argument("--version", action="version", version=f"dvkernels {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    words: Sequence[str],
+    modules: Mapping[str, str],
+    program: str,
+    description: str | None,
+    arguments: argparse.Namespace,
+) -> Any:
+    """Parse the command line into ``arguments``; return the module of the verb."""
     # Loading all verbs takes longer than launch takes to start: load one if it is named first.
     names = [word for word in words[:1] if word in modules] or list(modules)
     loaded = {name: importlib.import_module(modules[name]) for name in names}
-    parsers = {}
-    for name, verb in loaded.items():
-        parsers[name] = verbs.add_parser(
-            name, help=verb.HELP, description=verb.HELP, formatter_class=_HelpWithDefaults
-        )
-        verb.add_arguments(parsers[name])
+    parser, parsers = parser_of(loaded, program, description)
     try:
-        arguments, unknown = parser.parse_known_args(words)
+        _, unknown = parser.parse_known_args(words, arguments)
         if unknown:
             parsers[arguments.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit:
-        sys.stdout.flush()  # of a help; raises here if the reader has closed the pipe
+        if sys.stdout is not None:
+            sys.stdout.flush()  # of a help
         raise
-    return loaded[arguments.verb], arguments
+    return loaded[arguments.verb]
 
 
-class _HelpWithDefaults(argparse.HelpFormatter):
-    """Help formatter that appends the default of an option, unless its help names it."""
+def parser_of(
+    verbs: Mapping[str, Any], program: str, description: str | None
+) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser of the command line, and that of each verb.
+
+    A verb is a module with ``HELP``, ``add_arguments``, ``run`` and, for the end of its help,
+    ``EXAMPLES``: pairs of what is done, and the command.
+    """
+    parser = _Parser(
+        prog=program,
+        description=description,
+        epilog=_statuses(),
+        formatter_class=HelpWithDefaults,
+    )
+    parser.add_argument("--version", action="version", version=f"dvkernels {__version__}")
+    _add_debug(parser, default=False)
+    chosen = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
+    parsers = {}
+    for name, verb in verbs.items():
+        parsers[name] = chosen.add_parser(
+            name,
+            help=verb.HELP,
+            description=f"{verb.HELP[0].upper()}{verb.HELP[1:]}.",
+            epilog=_examples(getattr(verb, "EXAMPLES", ()), f"{program} --help"),
+            formatter_class=HelpWithDefaults,
+        )
+        _add_debug(parsers[name], default=argparse.SUPPRESS)
+        verb.add_arguments(parsers[name])
+    return parser, parsers
+
+
+def _add_debug(parser: argparse.ArgumentParser, default: Any) -> None:
+    text = "print the traceback of an error"
+    parser.add_argument("--debug", action="store_true", default=default, help=text)
+
+
+def _statuses() -> str:
+    rows = [f"  {status:<4} {meaning}" for status, meaning in EXIT_STATUSES.items()]
+    return "\n".join(["exit status:", *rows, _OF_LAUNCH])
+
+
+def _examples(examples: Iterable[tuple[str, str]], overview: str) -> str:
+    lines = [line for what, command in examples for line in (f"  # {what}", f"  {command}")]
+    heading = ["examples:"] if lines else []
+    return "\n".join([*heading, *lines, f"{overview} explains the exit status."])
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parser that says when its help cannot be written; ``argparse`` ignores that."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        stream = sys.stderr if file is None else file
+        if message and stream is not None:
+            stream.write(message)
+
+
+class HelpWithDefaults(argparse.HelpFormatter):
+    """Help formatter for terminals of any width, which appends defaults that no help names."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -97,9 +170,52 @@ class _HelpWithDefaults(argparse.HelpFormatter):
             return text
         return f"{text} (default %(default)s)"
 
+    def _format_usage(self, usage: str | None, *arguments: Any) -> str:
+        text = super()._format_usage(usage, *arguments)
+        return text if usage is None else f"{_wrapped(text.strip(), self._width, 7)}\n\n"
 
-def _failed(text: str, asks_for_json: bool) -> int:
-    print(f"error: {text}", file=sys.stderr)
-    if asks_for_json:
-        print(json.dumps({"error": text}))
-    return 2
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Wrap each line by itself; one that is indented is a comment, a command or a status."""
+        return "\n".join(indent + _filled(line, width) for line in text.splitlines())
+
+
+def _filled(line: str, width: int) -> str:
+    if line.startswith("  # "):
+        return _wrapped(line, width, "  # ")
+    if line.startswith("  ") and not line.lstrip()[0].isdigit():  # a command goes on after \
+        return _wrapped(line, width - 2, 6).replace("\n", " \\\n")
+    return _wrapped(line, width, 7 if line.startswith("  ") else 0)
+
+
+def _wrapped(text: str, width: int, indent: int | str) -> str:
+    following = indent if isinstance(indent, str) else " " * indent
+    return textwrap.fill(
+        text,
+        width,
+        subsequent_indent=following,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _failed(error: BaseException, text: str, status: int, arguments: argparse.Namespace) -> int:
+    """Report an error in one line, as JSON too if that was asked for; return the exit status."""
+    with contextlib.suppress(OSError):  # both streams may be on a full disk
+        if arguments.debug:
+            traceback.print_exception(error)
+        is_error = status != _INTERRUPTED
+        print(f"error: {text}" if is_error else text, file=sys.stderr)
+        if is_error and getattr(arguments, "json", None) in (True, "-"):
+            print(json.dumps({"error": text}))
+    return status
+
+
+def _drop_unwritable_output() -> None:
+    """Drop output that cannot be written, or the interpreter would fail to flush it at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())

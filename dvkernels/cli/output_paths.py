@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dvkernels.errors import DvKernelsError
-from dvkernels.profiler.atomic_file import AtomicFile
 
 __all__: list[str] = []
 
@@ -25,6 +27,8 @@ def file(option: str, name: str) -> Path:
     OutputError
         The file cannot be written.
     """
+    from dvkernels.profiler.atomic_file import AtomicFile
+
     try:
         AtomicFile(name).discard()
     except (OSError, ValueError) as error:
@@ -56,6 +60,24 @@ def folder(option: str, name: str, *, create: bool = False) -> Path:
             f"{option}: cannot write into {name!r} ({_reason(error)}); give another folder"
         ) from None
     return path
+
+
+class JsonOutput:
+    """Destination of ``--json [FILE]``: a file, standard output (``-``), or none."""
+
+    def __init__(self, name: str | None) -> None:
+        self.is_stdout = name == "-"
+        self._path = None if name is None or self.is_stdout else file("--json", name)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write a record, if it has a destination."""
+        from dvkernels.profiler import atomic_file
+
+        text = json.dumps(record, indent=1)
+        if self.is_stdout:
+            print(text)
+        elif self._path is not None:
+            atomic_file.write_text(self._path, text + "\n")
 
 
 def plot(name: str) -> Path:

@@ -37,7 +37,9 @@ class ProgressBars:
             MofNCompleteColumn(),
             TextColumn("{task.fields[pace]}"),
         )
-        self._progress = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+        # In a notebook's kernel rich would need ipywidgets; a stream shows the last state.
+        console = Console(stderr=True, force_jupyter=False)
+        self._progress = Progress(*columns, console=console, auto_refresh=False)
         self._trainings: dict[TaskID, Training] = {
             self._progress.add_task(title, total=training.num_steps, pace=""): training
             for title, training in trainings.items()

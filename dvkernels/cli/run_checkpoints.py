@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +12,7 @@ import numpy as np
 
 import dvkernels as dv
 from dvkernels.cli.progress_bars import say
+from dvkernels.cli.training_config import CheckpointConfig
 from dvkernels.cli.training_loop import Training
 
 __all__: list[str] = []
@@ -20,15 +20,6 @@ __all__: list[str] = []
 # Exit statuses of a shell for these signals; the others ask for a restart by a status of their own.
 _EXIT_CODES = {"SIGINT": 130, "SIGHUP": 129}
 _SIGNALS = ("SIGTERM", "SIGUSR1", *_EXIT_CODES)
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Folder and period of the checkpoints, and the exit status after a preemption."""
-
-    directory: str
-    every: int  # steps
-    exit_code: int
 
 
 class NoCheckpoints:

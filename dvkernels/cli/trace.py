@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 
-from dvkernels.profiler import trace_merge
+from dvkernels.cli import argument_types
 
 __all__: list[str] = []
 
 HELP = "merge the traces of the workers of a job into one file, on one clock"
+EXAMPLES = (("all workers of a job", "python -m dvkernels trace run.worker-*.json -o run.json"),)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files", nargs="+", metavar="FILE", help="trace of a worker, such as run.worker-0.json"
     )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the merged trace")
-    parser.add_argument(
-        "--json", action="store_true", help="print the clocks' offsets as JSON (default: text)"
-    )
+    argument_types.add_json(parser, "the clocks' offsets")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge the files, and print what is known of each worker's clock."""
+    from dvkernels.profiler import trace_merge
+
     offsets = trace_merge.merge(arguments.files, arguments.output)
     if arguments.json:
         print(json.dumps({"workers": [each._asdict() for each in offsets]}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,21 +12,9 @@ import dvkernels as dv
 from dvkernels.cli import mlp, mlp_gpu
 from dvkernels.cli.digits import Digits
 from dvkernels.cli.step_times import StepTimes, clock
+from dvkernels.cli.training_config import TrainingConfig
 
 __all__: list[str] = []
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Hyperparameters of a training run; the same for every strategy."""
-
-    epochs: int = 100
-    batch_size: int = 2048  # global
-    num_hidden: int = 768
-    learning_rate: float = 0.05  # of the first step
-    momentum: float = 0.9
-    dtype: str = "float32"
-    seed: int = 0
 
 
 # The learning rate falls to half in so many steps, to a third in twice as many. Constant, it makes

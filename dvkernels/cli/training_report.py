@@ -12,7 +12,8 @@ import numpy as np
 from dvkernels.cli import argument_types, mlp, training_loop
 from dvkernels.cli.comparison import Comparison
 from dvkernels.cli.digits import Digits
-from dvkernels.cli.training_loop import Training, TrainingConfig
+from dvkernels.cli.training_config import TrainingConfig
+from dvkernels.cli.training_loop import Training
 from dvkernels.profiler import core_usage
 
 __all__: list[str] = []

@@ -18,7 +18,6 @@ from dvkernels.communicators.single import Single
 from dvkernels.communicators.workers.shm import available
 from dvkernels.devices.device import Device
 from dvkernels.errors import AlgorithmError, ClusterError
-from dvkernels.schedules import cost_model
 from dvkernels.threads import shielded
 
 __all__: list[str] = []
@@ -186,9 +185,7 @@ def _algorithm_of(communicator: Communicator, num_replicas: int, nbytes: int) ->
     if isinstance(communicator, Hierarchical):
         return f"hierarchical, {_algorithm_of(communicator.local, num_replicas, nbytes)}"
     if isinstance(communicator, Local):
-        is_chosen = communicator.algorithm == "auto"
-        cheapest = cost_model.cheapest(cost_model.CPU, num_replicas, nbytes)
-        return cheapest if is_chosen else communicator.algorithm
+        return "direct" if communicator.algorithm == "auto" else communicator.algorithm
     return type(communicator).__name__.lower()
 
 

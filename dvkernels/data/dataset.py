@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from dvkernels import html_table
 from dvkernels.data.array_nest import Element
 from dvkernels.data.batch import Batch
 from dvkernels.data.checks import check_count, unexpected
@@ -327,6 +328,8 @@ class Dataset(DatasetConstructors):
     def __repr__(self) -> str:
         chosen = "" if self._epoch is None else f".with_epoch({self._epoch})"
         return f"Dataset.{self._node!r}{chosen}"
+
+    _repr_html_ = html_table.of_attributes(pipeline="_node.pipeline", epoch="_epoch")
 
 
 def known_length(length: Length) -> int:

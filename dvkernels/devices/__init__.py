@@ -1,4 +1,4 @@
 """Devices of this machine, and the arrays on them, of NumPy, CuPy and other libraries.
 
-Imports: cluster, errors, profiler, threads, user_errors.
+Imports: cluster, errors, html_table, profiler, threads, user_errors.
 """

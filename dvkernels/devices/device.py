@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from dvkernels import html_table
 from dvkernels.errors import DeviceError
 
 __all__ = ["Device"]
@@ -32,6 +33,8 @@ class Device:
 
     kind: str
     index: int
+
+    _repr_html_ = html_table.of_attributes(kind="kind", index="index")
 
     @classmethod
     def parse(cls, name: str) -> Device:

@@ -136,8 +136,10 @@ def ring_all_reduce(
     Notes
     -----
     With p replicas, 2(p - 1) ticks; each replica sends 2(p - 1)/p of its buffer, the least
-    possible [1]_. The sum of each chunk starts at another replica, so the bits may depend on p and
-    differ from those of :func:`direct_all_reduce`, but not between replicas or runs.
+    possible [1]_. In one memory, where nothing need be sent, the additions are those of the ring,
+    in its order, and the partial sums stay in registers. The sum of each chunk starts at another
+    replica, so the bits may depend on p and differ from those of :func:`direct_all_reduce`, but not
+    between replicas or runs.
 
     References
     ----------

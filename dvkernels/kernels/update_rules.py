@@ -2,7 +2,7 @@
 
 SGD: plain, with momentum, with Nesterov momentum. Adam: D. P. Kingma, J. Ba, ICLR 2015,
 arXiv:1412.6980. AdamW (decoupled weight decay): I. Loshchilov, F. Hutter, ICLR 2019,
-arXiv:1711.05101.
+arXiv:1711.05101. Adagrad: J. Duchi, E. Hazan, Y. Singer, J. Mach. Learn. Res. 12 (2011).
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from dvkernels.kernels import checks
 from dvkernels.reduce_op import ReduceOp
 
 __all__ = [
+    "ADAGRAD",
     "ADAM",
     "MOMENTUM",
     "NESTEROV",
     "NUM_COEFFICIENTS",
+    "NUM_SLOTS",
     "PLAIN",
     "CheckedStep",
+    "adagrad_step",
     "adam_coefficients",
     "adam_step",
     "check",
@@ -34,7 +37,8 @@ __all__ = [
     "sgd_step",
 ]
 
-PLAIN, MOMENTUM, NESTEROV, ADAM = range(4)
+PLAIN, MOMENTUM, NESTEROV, ADAM, ADAGRAD = range(5)
+NUM_SLOTS = (0, 1, 1, 2, 1)  # of each rule
 NUM_COEFFICIENTS = 9  # of the rule with most
 
 Groups = Sequence[Sequence[Any]]
@@ -66,6 +70,14 @@ def adam_step(gradient: Any, parameter: Any, first: Any, second: Any, coefficien
     square = beta_2 * second + new_2 * slope * slope
     denominator = np.sqrt(square) * correction + epsilon
     return kept * parameter - rate * mean / denominator, mean, square
+
+
+def adagrad_step(gradient: Any, parameter: Any, squares: Any, coefficients: Any) -> Any:
+    """Return the new parameter, and the new sum of squares."""
+    rate, epsilon, decay = coefficients[0], coefficients[1], coefficients[2]
+    slope = gradient + decay * parameter
+    total = squares + slope * slope
+    return parameter - rate * slope / (np.sqrt(total) + epsilon), total
 
 
 def sgd_rule(has_velocities: bool, nesterov: bool) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dvkernels import user_errors
+from dvkernels import tracebacks, user_errors
 from dvkernels.cluster import launcher_environment
 from dvkernels.devices import cpu
 from dvkernels.errors import LaunchError, WorkerLostError
@@ -41,6 +41,7 @@ _SECONDS_TO_NOTICE = 1.0
 _SECONDS_TO_CLEAN_UP = 3.0
 
 
+@tracebacks.boundary
 def launch(
     fn: Callable[..., T],
     args: Sequence[Any] = (),

@@ -8,7 +8,6 @@ caller can import can be imported here, this package as well.
 import contextlib
 import json
 import os
-import runpy
 import signal
 import sys
 import threading
@@ -37,7 +36,8 @@ def main() -> None:
     except BaseException as error:
         when = time.monotonic()
         os.ftruncate(result_fd, 0)
-        shared_pickle.write(result_fd, (True, _picklable(error), _text_of(error), when))
+        sent = _picklable(error)
+        shared_pickle.write(result_fd, (True, sent, _text_of(error, sent is not None), when))
         status = 1
     else:
         status = 0
@@ -81,13 +81,18 @@ def _picklable(error: BaseException) -> BaseException | None:
     return error if type(copied) is type(error) else None
 
 
-def _text_of(error: BaseException) -> str:
-    """Return the traceback of an exception without the frames of this module."""
+def _text_of(error: BaseException, is_sent: bool) -> str:
+    """Return the traceback of an exception, as users see it; what is sent speaks for itself."""
+    from dvkernels import tracebacks
+
+    tracebacks.trim(error)
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__):
-        trace = trace.tb_next
     try:
-        return "".join(traceback.format_exception(type(error), error, trace))
+        lines = traceback.format_exception(type(error), error, trace)
+        said = traceback.format_exception_only(error) if is_sent else []
+        if said and lines[-len(said) :] == said:  # message and notes; not of an exception group
+            del lines[-len(said) :]
+        return "".join(lines)
     except Exception:  # its __str__ may fail
         return "".join(traceback.format_tb(trace)) + type(error).__name__
 

@@ -1,4 +1,4 @@
-"""Line below a notebook's cell that says how many workers have ended, while a function runs."""
+"""Progress bar below a notebook's cell: how many workers have ended, while a function runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _REFRESH_SECONDS = 0.5
 
 
 class NotebookLine:
-    """Line of text that replaces itself; outside of notebooks it shows nothing."""
+    """Bar with a line of text, which replace themselves; outside of notebooks it shows nothing."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -27,18 +27,20 @@ class NotebookLine:
             return
         self._due = now + _REFRESH_SECONDS
         seconds = int(now - self._started)
-        self._write(f"{num_ended} of {num_workers} workers have ended, {seconds} s")
+        text = f"{num_ended} of {num_workers} workers have ended, {seconds} s"
+        bar = f'<progress value="{num_ended}" max="{num_workers}"></progress>'
+        self._write(text, f"<label>{text} {bar}</label>")
 
     def clear(self) -> None:
-        """Remove the text."""
+        """Remove the bar."""
         if self._handle is not None:
-            self._write("")
+            self._write("", "")
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, html: str) -> None:
         from IPython import display as untyped
 
         display: Any = untyped.display
-        content = {"text/plain": text}
+        content = {"text/plain": text, "text/html": html}
         if self._handle is None:
             self._handle = display(content, raw=True, display_id=True)
         else:

@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import NamedTuple
 
-from dvkernels.checkpoint.preemption import PREEMPTED
 from dvkernels.cluster import launcher_environment, procfs
 from dvkernels.cluster.position import Position
-from dvkernels.errors import ClusterError, LaunchError
+from dvkernels.errors import PREEMPTED, ClusterError, LaunchError
 from dvkernels.launcher.exit_records import ExitRecords
 from dvkernels.launcher.leaked_shm import Leftovers
 

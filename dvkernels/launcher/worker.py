@@ -17,9 +17,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
+from dvkernels import tracebacks
 from dvkernels.launcher import exit_records
 from dvkernels.launcher.exit_records import ExitRecord
 
@@ -31,9 +31,6 @@ _SECONDS_FOR_ALL_TO_EXIT = 10.0
 _SECONDS_WITHOUT_MPI = 2.0
 _SECONDS_FOR_THE_RELAY = 1.0
 _SECONDS_FOR_THE_LAUNCHER = 0.1
-
-# Files whose frames are left out of tracebacks.
-_RUNNER_FILES = (__file__, runpy.__file__, "<frozen runpy>")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -115,15 +112,9 @@ def _print_exception(error: BaseException) -> None:
     No error in the hook, not even a second Ctrl-C, may keep the job from ending.
     """
     with contextlib.suppress(BaseException):
-        trace = _without_runner(error.__traceback__)
+        trace = tracebacks.of_users(error.__traceback__)
         BaseException.with_traceback(error, trace)  # no class of the program can override this
         sys.excepthook(type(error), error, trace)
-
-
-def _without_runner(trace: TracebackType | None) -> TracebackType | None:
-    while trace is not None and trace.tb_frame.f_code.co_filename in _RUNNER_FILES:
-        trace = trace.tb_next
-    return trace
 
 
 def _all_exit() -> bool:

@@ -1,9 +1,10 @@
 """Optimizers: recipes over fused kernels, which reduce gradients and update variables in one pass.
 
-Imports: context, devices, errors, kernels, profiler, pytree, reduce_op, replicas, user_errors,
-values, variables, verbs.
+Imports: context, devices, errors, html_table, kernels, profiler, pytree, reduce_op, replicas,
+user_errors, values, variables, verbs.
 """
 
+from dvkernels.optimizers.adagrad import Adagrad as Adagrad
 from dvkernels.optimizers.adam import Adam as Adam
 from dvkernels.optimizers.adam import AdamW as AdamW
 from dvkernels.optimizers.clipping import clip_by_global_norm as clip_by_global_norm

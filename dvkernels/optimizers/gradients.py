@@ -15,6 +15,7 @@ from dvkernels.errors import (
     SynchronizationError,
     UnsupportedDTypeError,
 )
+from dvkernels.optimizers import row_gradient
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replicas.collective_call import Same
@@ -24,7 +25,7 @@ from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.values.operands import as_array
 from dvkernels.values.placement import Placement
 from dvkernels.variables.modes import VariableSynchronization
-from dvkernels.variables.variable import Variable
+from dvkernels.variables.variable import Variable, storage_of
 
 __all__: list[str] = []
 
@@ -180,6 +181,8 @@ def checked(gradient: Any, variable: Variable, replica: int, *, counts: bool = T
 
     ``counts`` is whether its weight is not 0: only then must it be finite under ``dv.debug``.
     """
+    if type(gradient) is tuple and len(gradient) == 2 and storage_of(variable).server is not None:
+        return row_gradient.checked(VERB, gradient, variable, replica)
     memory = variable.owner.memory
     array = as_array(gradient, VERB, replica, memory)
     if array.dtype != variable.dtype or array.shape != variable.shape:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import abc
-import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, Self
+from typing import Any
 
 from dvkernels import context, verbs
 from dvkernels.devices import array_memory
 from dvkernels.devices.array_spec import Array
-from dvkernels.errors import ContextError
 from dvkernels.kernels import backends, update_rules
-from dvkernels.optimizers import gradients, saved_state
-from dvkernels.optimizers.slots import Slots, VariableState
+from dvkernels.optimizers import gradients
+from dvkernels.optimizers.optimizer_state import OptimizerState
+from dvkernels.optimizers.row_gradient import RowGradient, take_row_step
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replicas.collective_call import CollectiveCall, Same
-from dvkernels.user_errors import brief
 from dvkernels.values import function_checks, replica_weights, scalar_checks
-from dvkernels.variables.variable import Variable, copies_of
+from dvkernels.variables.table_server import TableServer
+from dvkernels.variables.variable import Variable, copies_of, storage_of
 
 __all__ = ["Optimizer"]
 
@@ -26,8 +26,8 @@ LearningRate = float | Callable[[int], float]
 Columns = Sequence[Sequence[Array]]  # of each variable a gradient per replica, or its copies
 
 
-class Optimizer(abc.ABC):
-    """Base class of :class:`SGD`, :class:`Adam` and :class:`AdamW`.
+class Optimizer(OptimizerState):
+    """Base class of :class:`SGD`, :class:`Adagrad`, :class:`Adam` and :class:`AdamW`.
 
     Slots (velocities, moments) are variables with a copy on each device of their variable. They
     are created at a variable's first step, and deleted with it.
@@ -48,13 +48,7 @@ class Optimizer(abc.ABC):
         else:
             learning_rate = scalar_checks.within(learning_rate, "learning_rate", 0)
         self._learning_rate = learning_rate
-        self._iterations = 0
-        self._slots = Slots()
-
-    @property
-    def iterations(self) -> int:
-        """Largest step count of a variable."""
-        return self._iterations
+        super().__init__()
 
     @property
     def learning_rate(self) -> float:
@@ -68,126 +62,6 @@ class Optimizer(abc.ABC):
             return [rate] * len(steps)
         rates = {count: rate(count) for count in dict.fromkeys(steps)}
         return [scalar_checks.within(rates[count], "learning_rate", 0) for count in steps]
-
-    def slots(self, variable: Variable) -> tuple[Variable, ...]:
-        """Return the slots of a variable, in the order of :attr:`slot_names`; zeros at first."""
-        names = self.slot_names
-        state = self._state_of("slots", variable)
-        return tuple(state.slots[name] for name in names)
-
-    def steps(self, variable: Variable) -> Any:
-        """Return the step count of a variable, an int64 array of shape ()."""
-        return self._state_of("steps", variable).steps
-
-    def _state_of(self, verb: str, variable: Variable) -> VariableState:
-        if not isinstance(variable, Variable):
-            raise TypeError(f"{verb} belong to variables; got {brief(variable)}")
-        if not self._slots.has(variable):
-            self._check_cross_replica(f"{verb} of variable {variable.name!r}, which has none yet")
-        return self._slots.states_of([variable], self.slot_names)[0]
-
-    def _check_cross_replica(self, verb: str) -> None:
-        """Raise in replica context, where each replica would create its own slots."""
-        frame = context.find()
-        if frame is not None and frame.replica is not None:
-            raise ContextError(
-                f"{verb}, in replica {frame.replica.replica_id_in_sync_group}: each replica would "
-                f"make its own; call it outside of run or in merge_call"
-            )
-
-    @property
-    def slotted(self) -> tuple[Variable, ...]:
-        """Variables that have taken steps, in the order of their first steps."""
-        return tuple(variable for variable, _ in self._slots.living())
-
-    def __copy__(self) -> NoReturn:
-        raise TypeError(
-            f"a {type(self).__name__} has no shallow copy: both would update the same slots; use "
-            f"copy.deepcopy, for the variables too if the copy is to update copies of them"
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        made = object.__new__(type(self))
-        memo[id(self)] = made
-        vars(made).update((name, copy.deepcopy(value, memo)) for name, value in vars(self).items())
-        return made
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            f"a {type(self).__name__} cannot be pickled: its slots belong to variables; save "
-            f"state_dict(), or the whole run with dv.Checkpoint"
-        )
-
-    # -- states ---------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return step counts and slots as plain data and arrays, for :meth:`load_state_dict`.
-
-        ``"variables"`` lists, for each variable that has taken steps, in the order of their first
-        steps, its ``"name"``, ``"shape"``, ``"dtype"`` and ``"steps"``, and its ``"slots"``, an
-        array by name. Arguments such as learning rate and momentum are not part of the state.
-        """
-        entries = [
-            saved_state.make_entry(variable, int(state.steps), state.slots, self.slot_names)
-            for variable, state in self._slots.living()
-        ]
-        return {
-            "iterations": self._iterations,
-            "slot_names": list(self.slot_names),
-            "variables": [*entries, *copy.deepcopy(self._slots.pending)],
-        }
-
-    def load_state_dict(self, state: Any, variables: Sequence[Variable] | None = None) -> None:
-        """Load a state that :meth:`state_dict` returned.
-
-        Parameters
-        ----------
-        state : dict
-        variables : sequence of Variable, optional
-            The variables of the state: as many as the state holds, in its order. If not given,
-            variables are matched by name: those that have taken steps with this optimizer now, and
-            others at their first step. A state of the same list of variables needs no unique names.
-
-        Raises
-        ------
-        ValueError
-            Not a state of an optimizer, that of an optimizer with other slots, or one that does not
-            match the variables. Nothing has changed.
-        ContextError
-            Called in a replica.
-
-        Notes
-        -----
-        A new variable that is not in the state begins with zeros, unless the state still holds an
-        unmatched variable of its shape and dtype under another name: then ``apply_gradients``
-        raises ``ValueError``, since the two may be the same variable.
-        """
-        self._check_cross_replica("load_state_dict")
-        iterations = saved_state.checked_progress(state, self.slot_names)
-        entries = saved_state.checked_entries(state.get("variables"), self.slot_names)
-        known = self.slotted if variables is None else tuple(variables)
-        matched, pending = saved_state.match_entries(
-            entries, known, is_ordered=variables is not None
-        )
-        self._slots = Slots.from_entries(matched, pending, self.slot_names)
-        self._iterations = iterations
-
-    def progress(self) -> dict[str, Any]:
-        """Return the state that a checkpoint saves besides the slots and steps of variables."""
-        pending = copy.deepcopy(self._slots.pending)
-        state = {"iterations": self._iterations, "slot_names": list(self.slot_names)}
-        return {**state, "pending": pending} if pending else state
-
-    def set_progress(self, state: Any) -> None:
-        """Load a state that :meth:`progress` returned; raise ValueError for anything else."""
-        iterations = saved_state.checked_progress(state, self.slot_names)
-        self._slots.pending = saved_state.checked_entries(state.get("pending", []), self.slot_names)
-        self._iterations = iterations
-
-    @property
-    @abc.abstractmethod
-    def slot_names(self) -> tuple[str, ...]:
-        """Names of the slots of each variable."""
 
     @abc.abstractmethod
     def _rule(self, parameters: Columns, steps: Sequence[int]) -> update_rules.Rule:
@@ -213,7 +87,9 @@ class Optimizer(abc.ABC):
             variables. In cross-replica context each gradient is a ``PerReplica``, or one array for
             all replicas. Variables are float32 or float64 and ON_WRITE; a gradient has the shape
             and dtype of its variable. A gradient of None, on all replicas, leaves its variable
-            unchanged: it takes no step.
+            unchanged: it takes no step. For a variable of a parameter-server strategy a gradient
+            may be a tuple ``(ids, slopes)``: only these rows and their slots change, and slopes of
+            one row add up.
         op : ReduceOp or str
             Reduction over the replicas: ``"mean"`` or ``"sum"``.
         weight : float, optional
@@ -325,6 +201,40 @@ class Optimizer(abc.ABC):
         """Take one step; ``columns[k]`` holds the replicas' gradients of variable k."""
         if not variables:
             return
+        if storage_of(variables[0]).server is None:
+            self._take_step(variables, columns, op, shares)
+            return
+        for variable, (gradient,) in zip(variables, columns, strict=True):
+            copies = storage_of(variable)
+            assert copies.server is not None
+            step = functools.partial(self._step_at_server, variable)
+            copies.server.apply(gradients.VERB, step, copies, gradient)
+
+    def _step_at_server(self, variable: Variable, _: Any, gradient: Any) -> None:
+        """Take a step of one variable that has a server, which calls this."""
+        if not self._slots.has(variable):  # the first steps of several variables at once
+            _first_steps.ask(gradients.VERB, self._states_of, storage_of(variable), variable)
+        if isinstance(gradient, RowGradient):
+            self._take_row_step(variable, gradient)
+        else:
+            self._take_step([variable], [[gradient]], ReduceOp.MEAN, None)
+
+    def _states_of(self, _: Any, variable: Variable) -> None:
+        self._slots.states_of([variable], self.slot_names)
+
+    def _take_row_step(self, variable: Variable, gradient: RowGradient) -> None:
+        """Take a step of the rows of a gradient; other rows and their slots stay as they are."""
+        state = self._slots.states_of([variable], self.slot_names)[0]
+        parameter, steps = copies_of(variable), int(state.steps)
+        tables = [parameter[0], *(copies_of(state.slots[name])[0] for name in self.slot_names)]
+        take_row_step(self._rule([parameter], [steps]), tables, gradient)
+        state.steps[...] += 1
+        self._iterations = max(self._iterations, steps + 1)
+
+    def _take_step(
+        self, variables: list[Variable], columns: Columns, op: Reduction, shares: list[float] | None
+    ) -> None:
+        """Take one step with the fused kernels."""
         names = self.slot_names
         variable_states = self._slots.states_of(variables, names)
         states = [[copies_of(variable) for variable in variables]]
@@ -347,3 +257,6 @@ class Optimizer(abc.ABC):
         for each in variable_states:
             each.steps[...] += 1
         self._iterations = max(self._iterations, max(steps) + 1)
+
+
+_first_steps = TableServer(())  # the slots of one variable after another are made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dvkernels import html_table
 from dvkernels.kernels import update_rules
 from dvkernels.optimizers.optimizer import Columns, LearningRate, Optimizer
 from dvkernels.user_errors import brief
@@ -56,6 +57,10 @@ class SGD(Optimizer):
         self.weight_decay = within(weight_decay, "weight_decay", 0)
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0; got momentum=0")
+
+    __repr__, _repr_html_ = html_table.settings(
+        "learning_rate", "momentum", "nesterov", "weight_decay"
+    )
 
     @property
     def slot_names(self) -> tuple[str, ...]:

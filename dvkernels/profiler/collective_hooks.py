@@ -42,6 +42,9 @@ class CollectiveRecord(NamedTuple):
         From the call to its result or error [s]; None before it.
     error : BaseException or None
         What the call raises in this replica; None but in ``abort``.
+    arrays : tuple of array
+        Those that the replica contributes, not copied; only in ``before``, as the result may be
+        written over them.
     """
 
     name: str
@@ -53,6 +56,7 @@ class CollectiveRecord(NamedTuple):
     nbytes: int
     seconds: float | None = None
     error: BaseException | None = None
+    arrays: tuple[Any, ...] = ()
 
 
 Hook = Callable[[CollectiveRecord], object]
@@ -73,14 +77,15 @@ class StepPlace(Protocol):
 
 
 class CollectiveEvent:
-    """Call of a collective by one replica; holds no array, so it may be kept."""
+    """Call of a collective by one replica; after the hooks ``before`` it holds no array."""
 
     __slots__ = (
-        "began", "dtype", "ended", "error", "nbytes", "num_replicas", "place", "replica",
-        "step_id", "terms", "verb",
+        "began", "contributed", "dtype", "ended", "error", "nbytes", "num_replicas", "place",
+        "replica", "step_id", "terms", "verb",
     )  # fmt: skip
 
     terms: tuple[Any, ...]
+    contributed: Any  # the replica's contribution, for the hooks ``before``
 
     def __init__(self, call: Any, place: StepPlace, replica: int, step: Any) -> None:
         verb, self.terms, contributed, _ = call
@@ -90,6 +95,7 @@ class CollectiveEvent:
         self.num_replicas: int = step.num_replicas
         self.step_id = id(step)
         self.error: BaseException | None = None
+        self.contributed = None
         if type(contributed) is tuple and contributed:
             contributed = contributed[0]
         if type(contributed) is list and contributed:
@@ -127,7 +133,17 @@ class CollectiveEvent:
             self.verb, self.replica, process_identity.number(), self.place.step, self.op,
             "" if self.dtype is None else str(self.dtype), self.nbytes,
             None if is_before else (self.ended - self.began) / 1e9, error,
+            _arrays_in(self.contributed),
         )  # fmt: skip
+
+
+def _arrays_in(contributed: Any) -> tuple[Any, ...]:
+    """Return the arrays of a contribution: one, a list of them, or one of these and a weight."""
+    if type(contributed) is tuple and contributed:
+        contributed = contributed[0]
+    if type(contributed) is not list:
+        contributed = [contributed]
+    return tuple(each for each in contributed if hasattr(each, "dtype"))
 
 
 def call_text(verb: str, terms: tuple[Any, ...]) -> str:

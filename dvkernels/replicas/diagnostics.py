@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import types
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from dvkernels import thread_frames, user_errors
+from dvkernels import thread_frames, tracebacks, user_errors
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.pending import PendingCalls
 
 __all__: list[str] = []
-
-PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 
 class StepEnded(CollectiveMismatchError):
@@ -41,14 +37,21 @@ def combined_error(
     """Return the error of the lowest replica, with the errors of the others as notes."""
     first, *others = sorted(errors)
     error = errors[first]
+    replicas_by_text: dict[str, list[int]] = {}
     for other in others:
-        user_errors.annotate(
-            error,
-            f"replica {first_replica + other} also raised {user_errors.describe(errors[other])}",
-        )
+        text = user_errors.describe(errors[other])
+        replicas_by_text.setdefault(text, []).append(first_replica + other)
+    for text, replicas in replicas_by_text.items():
+        what = "it" if text == user_errors.describe(error) else text
+        user_errors.annotate(error, f"{_numbered(replicas)} also raised {what}")
     if num_replicas > 1:
         user_errors.annotate(error, f"raised in replica {first_replica + first} of {num_replicas}")
     return error
+
+
+def _numbered(replicas: Sequence[int]) -> str:
+    """Return "replica 3" or "replicas 1, 2, 3"."""
+    return f"replica{'s' * (len(replicas) > 1)} {', '.join(map(str, replicas))}"
 
 
 def mismatch_error(
@@ -135,6 +138,6 @@ def _describe_running(
 
 def user_line(frame: types.FrameType | None) -> str:
     """Return the file and line of the innermost frame outside of this package."""
-    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+    while frame is not None and frame.f_code.co_filename.startswith(tracebacks.PACKAGE):
         frame = frame.f_back
     return "an unknown place" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"

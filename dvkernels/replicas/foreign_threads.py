@@ -14,9 +14,8 @@ import threading
 import types
 from pathlib import Path
 
-from dvkernels import thread_frames
+from dvkernels import thread_frames, tracebacks
 from dvkernels.errors import ContextError
-from dvkernels.replicas import diagnostics
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.rendezvous import Rendezvous
 
@@ -71,7 +70,7 @@ def _is_replica_that_waits(frame: types.FrameType | None) -> bool:
         return False
     while frame is not None and _is_of_python(frame.f_code.co_filename):
         frame = thread_frames.back_of(frame)
-    if frame is None or frame.f_code.co_filename.startswith(diagnostics.PACKAGE):
+    if frame is None or frame.f_code.co_filename.startswith(tracebacks.PACKAGE):
         return False  # this package waits, not user code
     while frame is not None and frame.f_code not in ENTRANCES:
         frame = thread_frames.back_of(frame)

@@ -8,6 +8,7 @@ import os
 from types import TracebackType
 from typing import Any, Generic, NoReturn, Self, TypeVar, final
 
+from dvkernels import tracebacks
 from dvkernels.errors import ContextError
 from dvkernels.replicas.task_farm import Outcome, TaskFarm
 from dvkernels.threads import stoppable_thread
@@ -86,6 +87,9 @@ class MapIterator(Generic[R]):
             if isinstance(error, StopIteration):  # which would end the caller's loop silently
                 raise RuntimeError("a function of map raised StopIteration") from error
             raise error
+        except BaseException as raised:
+            tracebacks.trim(raised)
+            raise
         finally:
             del error, outcome  # their traceback refers to this frame
 

@@ -70,13 +70,16 @@ def _begun(
     An error of a hook ends the step in all replicas, whatever this one does with it.
     """
     event = CollectiveEvent(request, step.label, step.global_rank(replica), step)
+    event.contributed = request.payload
     try:
         for observer in observers:
             observer.before(event)
     except BaseException as error:
+        event.contributed = None
         step.fail(error, replica)
         _abort(event, error, observers)
         raise
+    event.contributed = None
     return event
 
 

@@ -10,7 +10,7 @@ import time
 from types import CodeType, FrameType
 from typing import Any
 
-from dvkernels import thread_frames
+from dvkernels import thread_frames, tracebacks
 from dvkernels.profiler import ask_server
 from dvkernels.replicas import diagnostics
 from dvkernels.replicas.rendezvous import Rendezvous
@@ -24,7 +24,7 @@ REPLICAS: set[CodeType] = set()
 RUNS: set[CodeType] = set()
 _MAPS = {TaskFarm.serve.__code__, TaskFarm.help_out.__code__}
 _KEEP_WAITING = Rendezvous._keep_waiting.__code__
-_BETWEEN_WORKERS = f"{diagnostics.PACKAGE}communicators{os.sep}workers{os.sep}"
+_BETWEEN_WORKERS = f"{tracebacks.PACKAGE}communicators{os.sep}workers{os.sep}"
 
 
 def report() -> list[dict[str, Any]]:

@@ -1,14 +1,13 @@
 """Cost models of collectives, in seconds, and the choice of the cheapest algorithm.
 
 The constants of ``CPU`` were measured on one machine by ``python -m dvkernels bench --calibrate``,
-which prints those of yours. They determine from which size on threads share a call, and choose
-between algorithms. Near a crossover both choices cost about the same, so constants that are off by
-a half cost little.
+which prints those of yours. They determine from which size on threads share a call; those between
+workers choose an algorithm. Near a crossover both choices cost about the same, so constants that
+are off by a half cost little.
 
-In one memory domain, for R replicas of S bytes:
+In one memory domain an all-reduce of R replicas of S bytes takes
 
-    direct   t = call + moved / rate,   moved = 2 R S        each byte read once, written once
-    ring     t = call + moved / rate + carried / cached,     carried = 5 (R - 1) S through a cache
+    t = call + 2 R S / rate     each byte read once, written once: directly, and around a ring
 
 ``rate`` is that of one thread, or of all threads, if the call waits for the others to join.
 
@@ -37,14 +36,11 @@ __all__ = [
     "Network",
     "Routing",
     "between_hosts",
-    "cheapest",
-    "direct_seconds",
     "exchange_seconds",
     "gather_seconds",
     "host_ring_seconds",
     "memory_seconds",
     "message_seconds",
-    "ring_seconds",
     "seconds_by_algorithm",
 ]
 
@@ -57,14 +53,13 @@ class Machine(NamedTuple):
     wake_seconds: float  # still more, for the caller, if these threads sleep
     rate_of_one: float  # of one thread, in the sizes where the choice matters
     rate_of_all: float  # of all threads together
-    cached_rate: float  # of one thread within its own cache
 
     def sharing_pays_from(self, asleep: bool = False) -> int:
         """Return the bytes moved from which on a shared call is faster.
 
         It solves call + m/one = call + join + m/all for m.
 
-        >>> Machine(0, 1e-6, 0, 50e9, 100e9, 0).sharing_pays_from()
+        >>> Machine(0, 1e-6, 0, 50e9, 100e9).sharing_pays_from()
         100000
         """
         extra = self.join_seconds + (self.wake_seconds if asleep else 0)
@@ -86,31 +81,7 @@ CPU = Machine(
     wake_seconds=2e-6,
     rate_of_one=190e9,
     rate_of_all=420e9,
-    cached_rate=130e9,
 )
-
-
-def direct_seconds(machine: Machine, num_replicas: int, nbytes: int) -> float:
-    """Return the time of the direct all-reduce of ``nbytes`` per replica."""
-    return machine.seconds_to_move(2 * num_replicas * nbytes)
-
-
-def ring_seconds(machine: Machine, num_replicas: int, nbytes: int) -> float:
-    """Return the time of the ring all-reduce: that of the direct one, and the traffic in cache."""
-    carried = 5 * (num_replicas - 1) * nbytes / machine.cached_rate
-    return direct_seconds(machine, num_replicas, nbytes) + carried
-
-
-_SECONDS = {"direct": direct_seconds, "ring": ring_seconds}
-
-
-def cheapest(machine: Machine, num_replicas: int, nbytes: int) -> str:
-    """Return the algorithm of the least modelled time; the first of equal ones.
-
-    >>> cheapest(CPU, 4, 1 << 20)
-    'direct'
-    """
-    return min(_SECONDS, key=lambda name: _SECONDS[name](machine, num_replicas, nbytes))
 
 
 class Network(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, Self
 
-from dvkernels import context
+from dvkernels import context, html_table, tracebacks
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
@@ -163,8 +163,6 @@ class Strategy(
             order = StreamOrder([device.index for device in resolved])
             self._runner = StreamedRunner(self._runner, order)
 
-    # -- description -----------------------------------------------------------------------------
-
     @property
     def num_replicas_in_sync(self) -> int:
         """The number of replicas over all workers; a global batch is split over them."""
@@ -188,6 +186,8 @@ class Strategy(
     def __repr__(self) -> str:
         return f"<{self._placement.name}>"
 
+    _repr_html_ = html_table.of_attributes(name="_placement.name", devices="worker_devices")
+
     def close(self) -> None:
         """End the replica threads; leave a host group. Variables stay readable, ``run`` raises."""
         self._runner.close()
@@ -198,8 +198,6 @@ class Strategy(
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # -- contexts -------------------------------------------------------------------------------
 
     def scope(self) -> Scope[Self]:
         """Return a context manager that makes this the current strategy.
@@ -276,16 +274,13 @@ class Strategy(
         if type(fn) is not FunctionType or fn.__code__.co_flags & function_checks.REFUSED:
             function_checks.check("run", fn)
         if not isinstance(args, (list, tuple)):
-            raise ValueError(
-                f"run: positional args must be a list or tuple, got {type(args).__name__}; "
-                f"write run(fn, args=(x,))"
-            )
+            given = f"got {type(args).__name__}; write run(fn, args=(x,))"
+            raise ValueError(f"run: positional args must be a list or tuple, {given}")
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise ValueError(f"run: kwargs must be a dict, got {type(kwargs).__name__}")
         placement = self._placement
-        num_local = placement.num_local
-        positional: list[tuple[Any, ...]] = [()] * num_local
-        named: list[dict[str, Any]] = [{}] * num_local
+        positional: list[tuple[Any, ...]] = [()] * placement.num_local
+        named: list[dict[str, Any]] = [{}] * placement.num_local
         if args:
             positional = operands.components(tuple(args), "run", placement)
         if kwargs:
@@ -300,7 +295,11 @@ class Strategy(
         watch = debugging.active
         if watch is not None and not nested:
             watch.next_step()
-        results = self._runner.run(replica, nested)
+        try:
+            results = self._runner.run(replica, nested)
+        except BaseException as error:
+            tracebacks.trim(error)
+            raise
         if watch is not None and not nested:
             when = f"after a step of {placement.name}"
             drift.check(variables_of(placement), placement.workers, when)

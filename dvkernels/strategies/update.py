@@ -14,9 +14,11 @@ from dvkernels.values.distributed import Mirrored, PerReplica
 from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
 from dvkernels.variables import drift
+from dvkernels.variables.copies import Copies
 from dvkernels.variables.drafts import commit_drafts, drafts_of, end_drafts
 from dvkernels.variables.modes import VariableSynchronization
-from dvkernels.variables.variable import Variable, copies_of
+from dvkernels.variables.table_server import pending_writes
+from dvkernels.variables.variable import Variable, copies_of, storage_of
 
 __all__: list[str] = []
 
@@ -99,22 +101,36 @@ class VariableUpdate(ProcessBound):
                 f"update of variable {variable.name!r}: its copies are equal, and a PerReplica "
                 f"among the arguments would let them drift apart; reduce it first"
             )
-        drafts = drafts_of(variable)
-        dealt = operands.components(given, "update", self._placement, num_copies=len(drafts))
         frame = Frame(self._placement, self, merging=here is not None and here.merging)
-        token = context.enter(frame)
-        try:
-            results = [
-                fn(draft, *positional, **named)
-                for draft, (positional, named) in zip(drafts, dealt, strict=True)
-            ]
-            if debugging.active is not None and equal:
-                contents = [copies_of(draft)[0] for draft in drafts]
-                drift.compare(f"update of variable {variable.name!r}", contents)
-            commit_drafts(variable, drafts)
-        finally:
-            end_drafts(drafts)
-            context.leave(token)
+
+        def change(copies: Copies) -> list[Any]:
+            drafts = drafts_of(variable)
+            dealt = operands.components(given, "update", self._placement, num_copies=len(drafts))
+            token = context.enter(frame)
+            try:
+                results = [
+                    fn(draft, *positional, **named)
+                    for draft, (positional, named) in zip(drafts, dealt, strict=True)
+                ]
+                if debugging.active is not None and equal:
+                    contents = [copies_of(draft)[0] for draft in drafts]
+                    drift.compare(f"update of variable {copies.name!r}", contents)
+                commit_drafts(variable, drafts)
+            finally:
+                end_drafts(drafts)
+                context.leave(token)
+            return results
+
+        copies = storage_of(variable)
+        if copies.server is None:
+            results = change(copies)
+        elif pending_writes.get() is None:
+            results = copies.server.ask("update", change, copies)
+        else:
+            raise ContextError(
+                f"update of variable {variable.name!r} in a call with once=True, whose writes take "
+                f"effect when it has returned; use the variable's own methods there"
+            )
         if not group:
             return tuple(results)
         return regroup.regroup(results, variable.devices, self._placement, Mirrored)

@@ -65,7 +65,10 @@ class ShieldedCall:
 
         def start() -> None:
             try:
-                threading.Thread(target=run_in_thread, name="dvkernels-shielded-call").start()
+                # Without daemon=False Python 3.11 asks who calls, and lists the caller for ever.
+                threading.Thread(
+                    target=run_in_thread, name="dvkernels-shielded-call", daemon=False
+                ).start()
             except (RuntimeError, MemoryError):
                 run_in_thread()
 

@@ -8,6 +8,7 @@ from typing import Any, Generic, NoReturn, Self, TypeVar
 
 import numpy as np
 
+from dvkernels import html_table
 from dvkernels.devices import array_memory, array_spec, interop, registry
 from dvkernels.devices.device import Device
 from dvkernels.errors import DeviceError
@@ -198,18 +199,12 @@ class _Frozen(DistributedValues[T]):
         return f"{type(self).__name__}({shown})"
 
     def _repr_html_(self) -> str:
-        import html  # slow to import, and needed in notebooks only
-
-        rows = "".join(
-            f"<tr><td>{i}</td><td>{device}</td><td>{html.escape(_short(value))}</td></tr>"
-            for i, (device, value) in enumerate(
-                zip(self.devices, self.values, strict=True), self.first_replica
-            )
+        numbered = zip(self.devices, self.values, strict=True)
+        rows = (
+            (i, str(device), _short(value))
+            for i, (device, value) in enumerate(numbered, self.first_replica)
         )
-        return (
-            f"<table><caption>{type(self).__name__}</caption>"
-            f"<tr><th>replica</th><th>device</th><th>value</th></tr>{rows}</table>"
-        )
+        return html_table.table(type(self).__name__, ("replica", "device", "value"), rows)
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(
@@ -306,5 +301,8 @@ def _short(value: object) -> str:
     if is_on_gpu or (isinstance(value, np.ndarray) and value.size > 4):
         array: Any = value
         return f"{array.dtype}{list(array.shape)}"
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        return brief(value)
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"

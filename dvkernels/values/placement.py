@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -38,6 +39,9 @@ class Placement:
     background_communicator: Communicator | None = None  # of the progress thread; None: the same
     is_default: bool = False  # the default strategy: any strategy may read its variables
     step_lock: StepLock = field(default_factory=StepLock)
+    # Of a strategy whose variables have servers: the rows of each shard of a variable, given its
+    # shape, dtype and name.
+    deal_rows: Callable[[tuple[int, ...], Any, str], Sequence[range]] | None = None
 
     @cached_property
     def num_replicas(self) -> int:

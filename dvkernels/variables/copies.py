@@ -18,6 +18,7 @@ from dvkernels.user_errors import brief, text_of
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.values.placement import Placement
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
+from dvkernels.variables.table_server import SERVED, TableServer
 
 __all__: list[str] = []
 
@@ -39,8 +40,10 @@ class Copies:
         "arrays",
         "is_slot",
         "memory",
+        "mode",
         "name",
         "placement",
+        "server",
         "synchronization",
         "views",
     )
@@ -70,6 +73,15 @@ class Copies:
             Holding(str(device), "variables", array.nbytes)
             for device, array in zip(devices, self.arrays, strict=True)
         ]
+        self.mode: Any = synchronization
+        self.server: TableServer | None = None
+        if placement.deal_rows is not None:
+            like = self.arrays[0]
+            self.set_server(TableServer(placement.deal_rows(like.shape, like.dtype, name)))
+
+    def set_server(self, server: TableServer) -> None:
+        """Let a server carry out all reads and writes."""
+        self.mode, self.server = SERVED, server
 
     def set_arrays(self, arrays: Iterable[Array]) -> None:
         """Take new arrays as the copies."""

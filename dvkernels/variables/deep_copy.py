@@ -27,6 +27,8 @@ def report(memo: dict[int, Any], variable: Any, made: Any) -> None:
 
 def between_steps(copies: Copies) -> Copies:
     """Duplicate copies while no other thread runs a step; such a step is awaited."""
+    if copies.server is not None:
+        return copies.server.ask("deepcopy", type(copies).duplicate, copies)
     placement, frame = copies.placement, context.find()
     if placement is context.UNSCOPED or (frame is not None and frame.merging):
         return copies.duplicate()  # a single copy; or inside a step, which holds the lock

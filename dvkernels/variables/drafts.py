@@ -31,6 +31,7 @@ class Draft(Copies):
         self.memory = copies.memory
         self.synchronization = VariableSynchronization.ON_WRITE
         self.aggregation = VariableAggregation.NONE
+        self.mode, self.server = self.synchronization, None
         self.arrays = (copies.arrays[rank],)
         self.views = (copies.views[rank],)
         self.has_ended = False

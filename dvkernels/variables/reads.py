@@ -13,7 +13,7 @@ from dvkernels.errors import BufferMismatchError
 from dvkernels.values.distributed import PerReplica
 from dvkernels.variables.access import calling_replica
 from dvkernels.variables.copies import Copies
-from dvkernels.variables.rows import checked_out, checked_rows, gather
+from dvkernels.variables.rows import checked_out, checked_rows, gather, gather_first
 from dvkernels.variables.synchronization import SYNC_MODES
 
 __all__: list[str] = []
@@ -90,7 +90,7 @@ class VariableReads:
         array of shape ``variable.shape``, or PerReplica of such
             In replica context, the replica's own copy. In cross-replica context, the first copy
             (ON_WRITE), the aggregate of the copies (ON_READ), or a ``PerReplica`` of all copies
-            (NONE).
+            (NONE). Under a parameter-server strategy a copy, which later writes do not change.
 
         Raises
         ------
@@ -105,7 +105,7 @@ class VariableReads:
         worker must make it.
         """
         replica = calling_replica(self._copies, "read_value", write=False)
-        mode = SYNC_MODES[self._copies.synchronization]
+        mode = SYNC_MODES[self._copies.mode]
         if replica is None:
             return mode.read_across(self._copies)
         return mode.read_in_replica(self._copies, replica)
@@ -153,6 +153,11 @@ class VariableReads:
             indices, number = replica.own(indices), replica.replica_id_in_sync_group
             out = replica.own(out)
         rows = checked_rows(copies, verb, indices, number)
+        server = copies.server
+        if server is not None:
+            target = None if out is None else checked_out(copies, rows, out, number)
+            taken = server.ask(verb, gather_first, copies, rows, target)
+            return taken if out is None else out
         value = self.read_value()
         if not isinstance(value, PerReplica):
             target = None if out is None else checked_out(copies, rows, out, number)

@@ -86,6 +86,11 @@ def gather(copies: Copies, array: Array, rows: HostArray, target: Any = None) ->
     return target
 
 
+def gather_first(copies: Copies, rows: HostArray, target: Any) -> Any:
+    """Return rows of the first copy, as :func:`gather` does."""
+    return gather(copies, copies.arrays[0], rows, target)
+
+
 def _take(array: Any, rows: HostArray) -> Any:
     return array[rows.reshape(-1)].reshape(*rows.shape, *array.shape[1:])
 

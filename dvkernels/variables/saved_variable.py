@@ -50,4 +50,4 @@ def saved_by(variable: Variable) -> SavedVariable:
 def assign_first_copy(variable: Variable) -> None:
     """Assign the first copy's content in cross-replica context, after all copies got one value."""
     copies = storage_of(variable)
-    SYNC_MODES[copies.synchronization].write_across(copies, "assign", copies.arrays[0])
+    SYNC_MODES[copies.mode].write_across(copies, "assign", copies.arrays[0])

@@ -110,6 +110,24 @@ def scatter_every_copy(copies: Copies, verb: str, indices: Any, updates: Any) ->
     _apply(copies, verb, [_RowChange([own], [given]) for own, given in enumerate(checked)])
 
 
+def scatter_at_server(
+    copies: Copies, verb: str, indices: Any, updates: Any, replica: ReplicaContext | None = None
+) -> None:
+    """Let the server apply row updates; those of other calls come before or after them."""
+    number = None
+    if replica is not None:
+        indices, updates = replica.own(indices), replica.own(updates)
+        number = replica.replica_id_in_sync_group
+    rows, content = value_for_all(indices), value_for_all(updates)
+    given = _checked(copies, verb, rows, content, number)
+    assert copies.server is not None
+    copies.server.apply(verb, _apply_updates, copies, verb, *given)
+
+
+def _apply_updates(copies: Copies, verb: str, indices: HostArray, updates: Any) -> None:
+    _apply(copies, verb, [_RowChange(range(1), [Updates(indices, updates)])])
+
+
 def refuse_to_scatter(copies: Copies, verb: str, *_: object) -> NoReturn:
     """Raise: row updates are not defined for a variable whose value is an aggregate of copies."""
     raise SynchronizationError(

@@ -23,6 +23,7 @@ from dvkernels.variables import scatter
 from dvkernels.variables.access import check_aggregation, write_together
 from dvkernels.variables.copies import Copies
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
+from dvkernels.variables.table_server import SERVED
 
 __all__: list[str] = []
 
@@ -118,6 +119,18 @@ def write_shares(copies: Copies, verb: str, value: Any) -> None:
     copies.commit(shares[placement.first_replica :][: len(copies.arrays)])
 
 
+def write_at_server(
+    copies: Copies, verb: str, value: Any, replica: ReplicaContext | None = None
+) -> None:
+    """Let the server write a value; the writes of other calls come before or after it."""
+    own = value if replica is None else replica.own(value)
+    if isinstance(own, PerReplica):
+        write_every_copy_alike(copies, verb, own)  # raises
+    checked = copies.checked_for_all(own, verb)
+    assert copies.server is not None
+    copies.server.apply(verb, _write_alike, copies, verb, checked)
+
+
 def _write_alike(copies: Copies, verb: str, value: Array) -> None:
     """Write equal copies: compute the new content once, then commit it to all of them."""
     new = value
@@ -147,6 +160,17 @@ def own_copy(copies: Copies, replica: ReplicaContext) -> Array:
 def first_copy(copies: Copies) -> Array:
     """Return the first copy: all are equal."""
     return copies.views[0]
+
+
+def read_at_server(copies: Copies, _: ReplicaContext | None = None) -> Array:
+    """Return a read-only copy of the value between two writes."""
+    assert copies.server is not None
+    return copies.server.ask("read_value", _taken, copies)
+
+
+def _taken(copies: Copies) -> Array:
+    taken: Array = copies.memory.read_only(copies.memory.apply(np.array, copies.arrays[0]))
+    return taken
 
 
 def every_copy(copies: Copies) -> PerReplica[Array]:
@@ -186,7 +210,7 @@ def aggregated(copies: Copies, values: list[Array]) -> Any:
     return copies.placement.communicator.reduce(values, op)
 
 
-SYNC_MODES = {
+SYNC_MODES: dict[Any, SyncMode] = {
     #                 in replica context: write, scatter, read
     #                 in cross-replica context: write, scatter, read
     VariableSynchronization.ON_WRITE: SyncMode(
@@ -200,5 +224,9 @@ SYNC_MODES = {
     VariableSynchronization.NONE: SyncMode(
         write_own_copy, scatter.scatter_own_copy, own_copy,
         write_every_copy, scatter.scatter_every_copy, every_copy,
+    ),
+    SERVED: SyncMode(
+        write_at_server, scatter.scatter_at_server, read_at_server,
+        write_at_server, scatter.scatter_at_server, read_at_server,
     ),
 }  # fmt: skip

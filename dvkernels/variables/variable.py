@@ -7,7 +7,7 @@ from typing import Any, NoReturn, final
 
 import numpy as np
 
-from dvkernels import context
+from dvkernels import context, html_table
 from dvkernels.devices.array_spec import Array, Spec
 from dvkernels.devices.device import Device
 from dvkernels.errors import ContextError
@@ -226,6 +226,11 @@ class Variable(VariableReads, VariableWrites, DistributedValues[Any]):
             f"{', '.join(str(device) for device in self.devices)}>"
         )
 
+    _repr_html_ = html_table.of_attributes(
+        name="name", shape=lambda self: str(self.shape), dtype="dtype", devices="devices",
+        synchronization="synchronization", aggregation="aggregation",
+    )  # fmt: skip
+
 
 def new_variable(copies: Copies, trainable: bool, *, is_draft: bool = False) -> Variable:
     """Return a variable of these copies, listed among the living unless it is a draft."""
@@ -247,6 +252,9 @@ def slot_of(variable: Variable, name: str, content: Array | None = None) -> Vari
     label = f"{variable.name}/{name}"
     copies = initial_copies(initial, None, when, how, label, variable.owner)
     copies.mark_as_slot()
+    server = variable._copies.server
+    if server is not None:  # which changes a row and its slots together
+        copies.set_server(server)
     return new_variable(copies, trainable=False)
 
 

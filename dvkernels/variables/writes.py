@@ -150,7 +150,7 @@ class VariableWrites:
 
     def _write(self, verb: str, value: Any) -> None:
         replica = calling_replica(self._copies, verb, write=True)
-        mode = SYNC_MODES[self._copies.synchronization]
+        mode = SYNC_MODES[self._copies.mode]
         if replica is None:
             mode.write_across(self._copies, verb, value)
         else:
@@ -158,7 +158,7 @@ class VariableWrites:
 
     def _scatter(self, verb: str, indices: Any, updates: Any) -> None:
         replica = calling_replica(self._copies, verb, write=True)
-        mode = SYNC_MODES[self._copies.synchronization]
+        mode = SYNC_MODES[self._copies.mode]
         if replica is None:
             mode.scatter_across(self._copies, verb, indices, updates)
         else:

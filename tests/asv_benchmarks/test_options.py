@@ -15,7 +15,7 @@ from dvkernels.cli import main as command_line
 def test_the_help_of_every_option_names_its_default(verb):
     parser = argparse.ArgumentParser()
     importlib.import_module(main.VERBS[verb]).add_arguments(parser)
-    formatter = command_line._HelpWithDefaults(verb)
+    formatter = command_line.HelpWithDefaults(verb)
     for action in parser._actions:
         assert action.help, action
         text = formatter._expand_help(action)

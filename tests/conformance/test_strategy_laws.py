@@ -32,6 +32,11 @@ def test_one_device():
     check_strategy(lambda n: dv.OneDeviceStrategy(devices(1)[0]), replicas=[1])
 
 
+@only_cpu
+def test_parameter_server():
+    check_strategy(lambda n: dv.ParameterServerStrategy(num_workers=n), replicas=[1])
+
+
 class Deaf(Local):
     """Defective communicator whose all-reduce returns each rank's own value."""
 

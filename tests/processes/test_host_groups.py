@@ -10,6 +10,7 @@ import sys
 import uuid
 
 import numpy as np
+import psutil
 import pytest
 from host_jobs import outcome, run
 from mpi_jobs import ROOT
@@ -58,6 +59,14 @@ def test_random_draws_and_drift_and_algorithms(tmp_path):
     drawn = json.loads((tmp_path / "drawn.json").read_text())
     run(2, "random_draws", 2, MEMORY, tmp_path)
     assert drawn == json.loads((tmp_path / "drawn.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    psutil.virtual_memory().available < 8 * 2**30, reason="needs 8 GiB of free memory"
+)
+def test_more_bytes_than_32_bits_count():
+    run(2, "large", MEMORY, 2**31 + 5)
 
 
 def fails(harm, seed, folder):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dvkernels import user_errors
+from dvkernels import html_table, user_errors
 from dvkernels.checkpoint import all_or_none
 from dvkernels.checkpoint.format import shards
 from dvkernels.checkpoint.objects import ObjectTree
@@ -62,6 +62,11 @@ class Restored:
     matched: tuple[str, ...]
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+
+    _repr_html_ = html_table.of_attributes(
+        path="path", step="step", metadata="metadata", matched="matched",
+        missing="missing", unexpected="unexpected",
+    )  # fmt: skip
 
 
 @tracing.span("restore", "checkpoint")

@@ -1,5 +1,5 @@
 """Distributed datasets: global batches, sharded over workers and split over replicas.
 
-Imports: communicators, communicators.workers, data, devices, enumeration, errors, pytree, profiler,
-reduce_op, replicas, schedules, user_errors, values.
+Imports: communicators, communicators.workers, data, devices, enumeration, errors, html_table,
+profiler, pytree, reduce_op, replicas, schedules, tracebacks, user_errors, values.
 """

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from dvkernels import html_table
 from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.communicators.workers.atomic_commit import Exchange
 from dvkernels.data.checks import check_count
@@ -230,6 +231,10 @@ class DistributedDataset(ProcessBound):
     def __repr__(self) -> str:
         num_replicas = self._distribution.share.num_replicas
         return f"DistributedDataset({self._dataset!r}, num_replicas={num_replicas})"
+
+    _repr_html_ = html_table.of_attributes(
+        pipeline="_dataset.node.pipeline", replicas="_distribution.share.num_replicas"
+    )
 
     def _set_latest_epoch(self, epoch: int) -> None:
         self._next_epoch = self._count.next = epoch + 1

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from dvkernels import html_table, tracebacks
 from dvkernels.data.cursor import DirectCursor, EpochPosition
 from dvkernels.data.distributed.epoch_reader import Distribution, EpochReader
 from dvkernels.data.distributed.stats import InputStats, StatsRecorder
@@ -84,8 +85,12 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
         return self
 
     def __next__(self) -> Any:
-        self._check_context("next(iterator)")
-        return self._mutex.run(self._advance)
+        try:
+            self._check_context("next(iterator)")
+            return self._mutex.run(self._advance)
+        except BaseException as error:
+            tracebacks.trim(error)
+            raise
 
     def get_next_as_optional(self) -> DistributedOptional:
         """Return the next batch as an optional, which is empty from the end of the epoch on."""
@@ -204,6 +209,15 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
             f"num_replicas={self._distribution.share.num_replicas}, epoch={epoch}, "
             f"position={position}{shares}{closed})"
         )
+
+    _repr_html_ = html_table.of_attributes(
+        pipeline="_distribution.node.pipeline",
+        replicas="_distribution.share.num_replicas",
+        epoch=lambda self: self._reader.epoch_position[0],
+        position=lambda self: self._reader.epoch_position[1],
+        shares="_distribution.splitter.balancer",
+        closed="_is_closed",
+    )
 
     def _check_open(self, member: str) -> None:
         if self._is_closed:

@@ -25,7 +25,6 @@ from dvkernels.kernels.cpu.gather import reduce_scatter_unchecked as reduce_scat
 from dvkernels.kernels.cpu.many import all_reduce_many
 from dvkernels.kernels.cpu.ring import ring_all_reduce
 from dvkernels.reduce_op import Reduction
-from dvkernels.schedules import cost_model
 
 # The *_unchecked functions are for communicators, whose callers have checked the arguments: no part
 # of the interface.
@@ -45,14 +44,8 @@ __all__ = [
 ]
 
 
-# The modules of the algorithms; None stands for the one that the cost model finds cheapest.
-_ALGORITHMS: dict[str, Any] = {"auto": None, "direct": direct, "ring": ring}
-
-
-def _cheapest(buffers: Sequence[Any]) -> Any:
-    """Return the module of the cheapest algorithm for some buffers, which may be wrong."""
-    nbytes = getattr(buffers[0], "nbytes", 0) if buffers else 0
-    return _ALGORITHMS[cost_model.cheapest(cost_model.CPU, len(buffers) or 1, nbytes)]
+# Both algorithms move 2 R S bytes; the direct one splits them into fewer parts.
+_ALGORITHMS: dict[str, Any] = {"auto": direct, "direct": direct, "ring": ring}
 
 
 def all_reduce_unchecked(
@@ -70,13 +63,13 @@ def all_reduce_unchecked(
     if out is not None and all(map(operator.is_, out, arrays)):
         if algorithm == "ring" or fast_path.all_reduce(arrays, op) is None:
             checks.check_in_place("all_reduce", arrays)
-            (_ALGORITHMS[algorithm] or _cheapest(arrays)).combine_in_place(op, arrays)
+            _ALGORITHMS[algorithm].combine_in_place(op, arrays)
         return list(out)
     writes = out or [np.empty(array.shape, array.dtype) for array in arrays]
     if algorithm == "ring" or not fast_path.reduce_into(arrays, writes, op):
         if out is not None:
             checks.check_overlaps("all_reduce", writes, arrays, "out {}".format)
-        (_ALGORITHMS[algorithm] or _cheapest(arrays)).combine(op, arrays, writes)
+        _ALGORITHMS[algorithm].combine(op, arrays, writes)
     return list(writes)
 
 
@@ -84,13 +77,11 @@ def all_reduce(
     buffers: Any, op: Any = "sum", *, algorithm: Any = "auto", out: Any = None
 ) -> list[Any]:
     """Leave the reduction in every buffer (or ``out``); see :func:`dvkernels.kernels`."""
-    # The fast path is direct, which in one memory domain is the cheapest algorithm at every size.
+    # The fast path without segments is direct.
     if out is None and algorithm == "auto":
         reduced = fast_path.all_reduce(buffers, op)
         if reduced is not None:
             return reduced
-    chosen = checks.algorithm("all_reduce", algorithm, _ALGORITHMS)
-    buffers = checks.as_sequence("all_reduce", buffers)
-    module = chosen or _cheapest(buffers)
+    module = checks.algorithm("all_reduce", algorithm, _ALGORITHMS)
     results: list[Any] = module.all_reduce_as("all_reduce", buffers, op, out)
     return results

@@ -37,6 +37,7 @@ def compile_all() -> None:
         update_rules.MOMENTUM,
         update_rules.NESTEROV,
         update_rules.ADAM,
+        update_rules.ADAGRAD,
     )
     for rule, real in itertools.product(rules, (np.float32, np.float64)):
         optimizer_rules.runner(rule, np.dtype(real))

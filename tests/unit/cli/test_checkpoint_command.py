@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import faults
 import numpy as np
 import pytest
@@ -31,6 +33,20 @@ def test_show(folder, capsys):
                  "velocity of model/weight float64[2, 3]", "generator PCG64", "note"):  # fmt: skip
         assert part in shown
     assert "\x1b" not in shown
+
+
+def test_json(folder, capsys):
+    assert main(["checkpoint", "show", str(folder), "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert (first["step"], second["step"], first["outcome"]) == (1, 2, "PASS")
+    held = {each["name"]: each["holds"] for each in first["objects"]}
+    assert held["lr"] == "0.5"
+    assert held["model/weight"].startswith("variable float64[2, 3]")
+    faults.flip_bit(folder / "step-00000001" / "shard-00000.safetensors", 2000)
+    assert main(["checkpoint", "verify", str(folder), "--json"]) == 1
+    first, second = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert (first["outcome"], second["outcome"]) == ("FAIL", "PASS")
+    assert "shard-00000" in first["error"]
 
 
 def test_verify(folder, capsys):

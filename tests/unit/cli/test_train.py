@@ -17,7 +17,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 import dvkernels as dv
-from dvkernels.cli import digits, info, main, mlp, training_loop
+from dvkernels.cli import digits, info, main, mlp, training_config, training_loop
 from dvkernels.kernels import compile_cache
 from dvkernels.kernels.cuda.engine import shipped_ptx
 from dvkernels.replicas import thread_limits
@@ -52,7 +52,7 @@ def mirrored(num_replicas, **options):
 @pytest.mark.parametrize("batch_size", [149, 128])
 def test_the_weights_are_those_of_one_device(dtype, tolerance, batch_size):
     data = digits.load(dtype)
-    config = training_loop.TrainingConfig(
+    config = training_config.TrainingConfig(
         epochs=8, batch_size=batch_size, num_hidden=64, dtype=dtype
     )
     reference = train(dv.OneDeviceStrategy("cpu:0"), config, data)
@@ -68,7 +68,7 @@ def test_the_weights_are_those_of_one_device(dtype, tolerance, batch_size):
 def test_replicas_without_examples():
     data = digits.load("float64")
     few = digits.Digits(data.train_images[:22], data.train_labels[:22], *data[2:])
-    config = training_loop.TrainingConfig(epochs=3, batch_size=16, num_hidden=8, dtype="float64")
+    config = training_config.TrainingConfig(epochs=3, batch_size=16, num_hidden=8, dtype="float64")
     reference = train(dv.OneDeviceStrategy("cpu:0"), config, few)
     outcome = train(mirrored(7, cross_device_ops="ring"), config, few)  # 66 = 4 x 16 + 2
     assert difference(outcome, reference) <= 1e-9
@@ -78,7 +78,9 @@ def test_median_accuracy_of_five_seeds():
     data = digits.load("float32")
     accuracies = []
     for seed in range(5):
-        config = training_loop.TrainingConfig(epochs=30, batch_size=128, num_hidden=256, seed=seed)
+        config = training_config.TrainingConfig(
+            epochs=30, batch_size=128, num_hidden=256, seed=seed
+        )
         accuracies.append(accuracy(train(mirrored(2), config, data), config, data))
     assert statistics.median(accuracies) >= 0.97
 
@@ -230,7 +232,7 @@ def test_every_process_prints_the_same_weights(capsys):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 def test_a_last_batch_of_one_example(dtype, tolerance):
     data = digits.load(dtype)
-    config = training_loop.TrainingConfig(epochs=6, batch_size=359, num_hidden=32, dtype=dtype)
+    config = training_config.TrainingConfig(epochs=6, batch_size=359, num_hidden=32, dtype=dtype)
     assert len(data.train_images) % config.batch_size == 1
     reference = train(dv.OneDeviceStrategy("cpu:0"), config, data)
     for num_replicas in (1, 2, 3, 7):

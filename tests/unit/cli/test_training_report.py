@@ -10,7 +10,7 @@ import pytest
 from dvkernels.cli import digits, mlp, training_report
 from dvkernels.cli.compute_alone import ComputeAlone
 from dvkernels.cli.step_times import PARTS, StepTimes
-from dvkernels.cli.training_loop import TrainingConfig
+from dvkernels.cli.training_config import TrainingConfig
 from dvkernels.profiler import core_usage
 
 

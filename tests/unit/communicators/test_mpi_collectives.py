@@ -93,6 +93,28 @@ def test_sizes_around_pieces_and_parts(hosts, algorithm):
         assert bits(in_place) == bits(apart), size
 
 
+@pytest.mark.parametrize("algorithm", ["exchange", "ring"])
+def test_no_message_is_longer_than_a_piece(algorithm, monkeypatch):
+    """So MPI counts its bytes with 32 bits, however long the array is."""
+    sent = []
+    post = Mail.post
+
+    def measured(mail, key, array, is_sent):
+        if is_sent:
+            sent.append(array.nbytes)
+        return post(mail, key, array, is_sent)
+
+    monkeypatch.setattr(Mail, "post", measured)
+    workers = groups([0, 1, 0, 1], algorithm)
+    values = [np.full(10 * PIECE_NBYTES, 1.0 + k) for k in range(4)]
+    for found in reduced(workers, values, ReduceOp.SUM):
+        assert (found == 10).all()
+    root = [np.arange(10.0 * PIECE_NBYTES) * (k == 1) for k in range(4)]
+    results(*(lambda w=w, v=v: w.broadcast([v], 1) for w, v in zip(workers, root, strict=True)))
+    assert max(sent) <= PIECE_NBYTES
+    assert sum(sent) > 2 * values[0].nbytes
+
+
 @ALGORITHMS
 @HOSTS
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

@@ -10,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dvkernels
@@ -242,3 +243,25 @@ def test_processes_fill_an_empty_folder_at_once_and_another_compiles_nothing(tmp
     )
     assert third.stdout == "10 1\n", third.stderr
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == files
+
+
+LOADED = """
+import sys
+import numpy as np
+from dvkernels import kernels
+
+buffers = [np.ones(4), np.ones(4)]
+kernels.all_reduce(buffers)
+assert (buffers[0] == 2).all() and "numba" in sys.modules
+assert "numba.np.arraymath" not in sys.modules  # which the compiler needs, and imports SciPy
+
+import numba
+
+assert numba.njit(lambda x: x.sum())(buffers[0]) == 8  # a function of the user's has it
+assert "numba.np.arraymath" in sys.modules
+"""
+
+
+def test_cached_code_is_loaded_without_what_only_the_compiler_needs() -> None:
+    dvkernels.kernels.all_reduce([np.ones(4), np.ones(4)])  # now it is in the cache
+    subprocess.run([sys.executable, "-c", LOADED], cwd=PACKAGE.parent, check=True, timeout=100)

@@ -154,7 +154,7 @@ def test_integers_have_no_mean():
     assert Machine().call(elements.quotient, value, number(3)) is value
 
 
-@pytest.mark.parametrize("rule", range(4))
+@pytest.mark.parametrize("rule", range(5))
 @pytest.mark.parametrize("dtype", [np.dtype("f4"), np.dtype("f8")], ids=str)
 def test_interpreted_optimizers_are_those_of_the_cpu(dtype, rule):
     code = arithmetic.type_code(dtype)
@@ -166,6 +166,10 @@ def test_interpreted_optimizers_are_those_of_the_cpu(dtype, rule):
     if rule == update_rules.ADAM:
         optimizers.adam([[gradient]], parameters, first, second, step=3, **rates)
         made = update_rules.adam_coefficients(parameters, 3, 0.1, 0.9, 0.999, 1e-8, 0.01, False)
+    elif rule == update_rules.ADAGRAD:
+        first[0][0][:] = twins[1][:] = states[1][:] = np.abs(states[1])
+        made = [(0.1, 1e-10, 0.01)]
+        optimizers.take_step("adagrad", (rule, made), [[gradient]], [parameters, first], "sum")
     else:
         nesterov, momentum = rule == update_rules.NESTEROV, 0.9 * (rule != update_rules.PLAIN)
         velocities = None if rule == update_rules.PLAIN else first

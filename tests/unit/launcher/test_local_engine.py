@@ -116,6 +116,15 @@ def test_a_worker_with_mpi4py_is_warned(launch):
     assert len(re.findall(r"program.py:4: UserWarning: .* launch --engine mpi", err)) == 2, err
 
 
+def test_launch_starts_before_the_package_would_be_imported():
+    asked = [sys.executable, "-X", "importtime", "-m", "dvkernels", "launch", "--help"]
+    said = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT, check=True).stderr
+    imported = {line.rpartition("|")[2].strip() for line in said.splitlines()}
+    assert "dvkernels.launcher.local_engine" not in imported  # a script of its own
+    assert "dvkernels.launcher.supervision" in imported
+    assert imported.isdisjoint({"numpy", "dvkernels.kernels", "dvkernels.strategies.base"})
+
+
 def engine_of(words, environ, monkeypatch, capsys):
     for name in ("SLURM_JOB_ID", "PBS_NODEFILE"):
         monkeypatch.delenv(name, raising=False)

@@ -52,7 +52,34 @@ def test_each_replica_reports_each_collective_before_and_after(strategy):
             assert [record[:1] + record[4:7] for record in own] == found
             assert {(record.worker, record.step, record.error) for record in own} == {(0, 2, None)}
     assert all(record.seconds is None for record in before)
+    own = [[array.size for array in record.arrays] for record in before if record.replica == 0]
+    assert own == [[2, 4], [], [3], [3], [1]]
+    assert not any(record.arrays for record in after)
     assert all(record.seconds > 0 for record in after)
+
+
+def test_a_check_of_the_arrays_reports_each_replica(strategy):
+    reports = []
+
+    def look(record):
+        reports.extend((record.replica, record.name) for a in record.arrays if np.isnan(a).any())
+
+    def step():
+        value = np.full(3, np.nan if rank() > 0 else 1.0)
+        assert np.isnan(dv.get_replica_context().all_reduce("sum", value, out=value)).all()
+
+    with dv.profiler.on_collective(before=look):
+        strategy.run(step)
+    assert sorted(reports) == [(1, "all_reduce"), (2, "all_reduce")]
+
+
+def test_no_event_keeps_the_arrays(strategy):
+    events = []
+    hooks = dv.profiler.on_collective(before=lambda record: None)
+    hooks.after = events.append
+    with hooks:
+        strategy.run(lambda: dv.get_replica_context().all_reduce("sum", np.ones(3)))
+    assert [event.contributed for event in events] == [None] * 3
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -22,22 +22,6 @@ def test_sharing_pays_from_where_both_take_the_same_time(asleep: bool) -> None:
     assert alone == pytest.approx(shared, rel=1e-3)
 
 
-@pytest.mark.parametrize("num_replicas", [1, 2, 8, 64])
-def test_in_one_memory_domain_the_direct_algorithm_is_always_cheapest(num_replicas: int) -> None:
-    # The fast path of kernels/cpu relies on this: it does not ask the model.
-    assert {cost_model.cheapest(cost_model.CPU, num_replicas, nbytes) for nbytes in SIZES} == {
-        "direct"
-    }
-
-
-def test_more_bytes_and_more_replicas_never_cost_less() -> None:
-    for seconds in (cost_model.direct_seconds, cost_model.ring_seconds):
-        by_size = [seconds(cost_model.CPU, 4, nbytes) for nbytes in SIZES]
-        by_replicas = [seconds(cost_model.CPU, count, 1 << 20) for count in range(1, 9)]
-        assert by_size == sorted(by_size)
-        assert by_replicas == sorted(by_replicas)
-
-
 LINK = cost_model.Link(10e-6, 1e9)
 
 

@@ -1,4 +1,4 @@
-"""Fast path of the direct algorithm: lists of NumPy arrays, reduced in place or into others.
+"""Fast path: lists of NumPy arrays, reduced in place or into others, or around a ring in place.
 
 The Python of a call (checks, addresses, job: 5 us) takes longer than the sum of 64 KiB. So
 compiled code reads the arrays' structs (see array_structs.py) and fills a job that is reused by
@@ -41,11 +41,12 @@ _SHORT_NBYTES = 256 * 1024
 _DECLINED, _DONE = -1, -2
 
 
-@jit.njit("int64(int64, int64, int64, int64)")
-def _prepare(views, recipe_address, job_address, num_sources):  # type: ignore[no-untyped-def]
+@jit.njit("int64(int64, int64, int64, int64, int64)")
+def _prepare(views, recipe_address, job_address, num_sources, segment_nbytes):  # type: ignore[no-untyped-def]
     """Fill the job that reduces the first arrays of a list, and run it if it is short.
 
-    The targets are the other arrays, or, if there are none, the sources. Return the bytes that the
+    The targets are the other arrays, or, if there are none, the sources. A job in place may go
+    around a ring, in segments of ``segment_nbytes`` (0: it is direct). Return the bytes that the
     job moves, for the caller to run it, or _DONE, or _DECLINED.
     """
     count = array_structs.length_of(views)
@@ -55,7 +56,7 @@ def _prepare(views, recipe_address, job_address, num_sources):  # type: ignore[n
     num_targets = count - num_sources if has_targets else count
     num_read_only = num_sources if has_targets else 0
     job, constants = job_layout.job_at(job_address), recipe.recipe_at(recipe_address)
-    item, row = job_layout.item_at(job.items, 0), job_layout.row_at(job.rows, 0)
+    item = job_layout.item_at(job.items, 0)
     table = item.table
     length = array_structs.read_addresses(views, constants, table, num_read_only)
     if length < 0:
@@ -68,14 +69,25 @@ def _prepare(views, recipe_address, job_address, num_sources):  # type: ignore[n
                 return _DECLINED  # two arrays overlap
     moved = (num_sources + num_targets) * nbytes
     recipe.cut(job, constants, length, count, moved)
-    job.num_pieces = -(-length // job.piece_length)
     if has_targets and moved >= OUT_OF_CACHE_NBYTES // 2:
         job.in_memory = 2
     item.length = length
-    row.num_sources = num_sources
-    row.first_target = num_read_only
-    row.num_targets = num_targets
-    row.divisor = num_sources if constants.is_mean else 1
+    is_ring = segment_nbytes > 0
+    job.num_rows = job.num_parts = count if is_ring else 1
+    if is_ring:
+        job.piece_length = segment_nbytes // constants.itemsize
+        job.num_arrays = 2 * count - 1
+        for k in range(count - 1):  # row k starts at rank k: see ring.py
+            intrinsics.store(table, count + k, intrinsics.load(table, k))
+    for k in range(job.num_rows):
+        row = job_layout.row_at(job.rows, k)
+        row.part = k if is_ring else -1
+        row.first_source = k
+        row.num_sources = num_sources
+        row.first_target = k + num_read_only
+        row.num_targets = num_targets
+        row.divisor = num_sources if constants.is_mean else 1
+    job.num_pieces = -(-length // job.piece_length)
     for k in range(1 + job.num_queues):
         job_layout.counter_at(job.counters, k).value = 0
     if moved <= _SHORT_NBYTES:
@@ -85,14 +97,14 @@ def _prepare(views, recipe_address, job_address, num_sources):  # type: ignore[n
 
 
 # The function behind the dispatcher: a call takes 0.1 us less, for its arguments are integers.
-_prepare_now = _prepare.get_overload((types.int64,) * 4)
+_prepare_now = _prepare.get_overload((types.int64,) * 5)
 
 
-def new_job(num_arrays: int = MOST_ARRAYS) -> tuple[HostArray, int]:
-    """Return the words, not yet filled, of a job of one item and one row, and their address."""
+def new_job(table_length: int, num_rows: int = 1) -> tuple[HostArray, int]:
+    """Return the words, not yet filled, of a job of one item and some rows, and their address."""
     rows_offset = HEADER_WORDS + ITEM_WORDS
-    table_offset = rows_offset + ROW_WORDS
-    counters_offset = job_layout.counters_after(table_offset + num_arrays)
+    table_offset = rows_offset + ROW_WORDS * num_rows
+    counters_offset = job_layout.counters_after(table_offset + table_length)
     words = intrinsics.words(counters_offset + COUNTER_WORDS * (1 + MOST_QUEUES))
     address = checks.address(words)
     items, rows, table, counters = (
@@ -102,7 +114,7 @@ def new_job(num_arrays: int = MOST_ARRAYS) -> tuple[HostArray, int]:
     words[:table_offset] = (
         *JobHeader(items=items, rows=rows, counters=counters),
         *Item(num_lines=1, table=table),
-        *Row(),
+        *(Row() * num_rows),
     )
     return words, address
 
@@ -110,14 +122,14 @@ def new_job(num_arrays: int = MOST_ARRAYS) -> tuple[HostArray, int]:
 _free_jobs: list[tuple[HostArray, int]] = []
 
 
-def all_reduce(buffers: Any, op: Any) -> list[Any] | None:
-    """Reduce in place by the direct algorithm and return the buffers; None: declined."""
+def all_reduce(buffers: Any, op: Any, segment_nbytes: int = 0) -> list[Any] | None:
+    """Reduce in place, around a ring if given its segments, else directly; None: declined."""
     try:
         found = recipe.recipes[op, buffers[0].dtype]
     except (KeyError, TypeError, AttributeError, IndexError):
         return None
     views = [*buffers]
-    return views if _reduce(views, found, len(views)) else None
+    return views if _reduce(views, found, len(views), segment_nbytes) else None
 
 
 def reduce_into(sources: Any, targets: Any, op: Any) -> bool:
@@ -126,15 +138,15 @@ def reduce_into(sources: Any, targets: Any, op: Any) -> bool:
         found = recipe.recipes[op, sources[0].dtype]
     except (KeyError, TypeError, AttributeError, IndexError):
         return False
-    return _reduce([*sources, *targets], found, len(sources))
+    return _reduce([*sources, *targets], found, len(sources), 0)
 
 
-def _reduce(views: list[Any], found: recipe.Recipe, num_sources: int) -> bool:
+def _reduce(views: list[Any], found: recipe.Recipe, num_sources: int, segment_nbytes: int) -> bool:
     try:
         job = _free_jobs.pop()
     except IndexError:
-        job = new_job()
-    moved = _prepare_now(id(views), found.address, job[1], num_sources)
+        job = new_job(2 * MOST_ARRAYS, MOST_ARRAYS)
+    moved = _prepare_now(id(views), found.address, job[1], num_sources, segment_nbytes)
     if moved > 0:
         thread_pool.execute(job[0], job[1], moved)
     _free_jobs.append(job)

@@ -16,7 +16,7 @@ from dvkernels.kernels import arithmetic, jit, update_rules
 from dvkernels.kernels.cpu.engine import array_structs, intrinsics, job_layout, loops, recipe
 from dvkernels.kernels.cpu.engine.intrinsics import carray
 from dvkernels.kernels.cpu.engine.span import span
-from dvkernels.kernels.update_rules import ADAM, NUM_COEFFICIENTS, PLAIN, Coefficients
+from dvkernels.kernels.update_rules import ADAGRAD, ADAM, NUM_COEFFICIENTS, PLAIN, Coefficients
 
 __all__: list[str] = []
 
@@ -28,6 +28,7 @@ __all__: list[str] = []
 _BLOCK = 8192
 WEIGHTED = 0  # the divisor that marks a weighted sum
 _sgd_step = jit.njit(nogil=True, error_model="numpy")(update_rules.sgd_step)
+_adagrad_step = jit.njit(nogil=True, error_model="numpy")(update_rules.adagrad_step)
 _adam_step = jit.njit(nogil=True, error_model="numpy")(update_rules.adam_step)
 
 
@@ -57,7 +58,7 @@ def recipe_of(rule: int, dtype: np.dtype[Any]) -> recipe.Recipe | None:
 
 def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
     """Compile the runner of a rule over ``real``, which is float32 or float64."""
-    num_slots = (0, 1, 1, 2)[rule]
+    num_slots = update_rules.NUM_SLOTS[rule]
 
     @jit.cfunc(types.void(types.int64), error_model="numpy")
     def run(address):  # type: ignore[no-untyped-def]
@@ -109,6 +110,8 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
                 other = _elements(table, others, shift, count, real)
                 if rule == ADAM:
                     _adam(gradient, parameter, slot, other, coefficients)
+                elif rule == ADAGRAD:
+                    _adagrad(gradient, parameter, slot, coefficients)
                 else:
                     _sgd(rule, gradient, parameter, slot, coefficients)
                 if num_copies > 1:
@@ -145,6 +148,15 @@ def _sgd(rule, gradient, parameter, velocity, coefficients):  # type: ignore[no-
         if rule != PLAIN:
             velocity[i] = speed
         parameter[i] = new
+
+
+@jit.njit(nogil=True, error_model="numpy")
+def _adagrad(gradient, parameter, squares, coefficients):  # type: ignore[no-untyped-def]
+    real = gradient.dtype.type
+    rounded = real(coefficients[0]), real(coefficients[1]), real(coefficients[2])
+    for i in range(len(gradient)):
+        new, total = _adagrad_step(gradient[i], parameter[i], squares[i], rounded)
+        squares[i], parameter[i] = total, new
 
 
 @jit.njit(nogil=True, error_model="numpy")

@@ -39,6 +39,7 @@ _RULES = {
     update_rules.MOMENTUM: "momentum",
     update_rules.NESTEROV: "nesterov",
     update_rules.ADAM: "adam",
+    update_rules.ADAGRAD: "adagrad",
 }
 
 # Launch bounds. Left alone, ptxas counts on blocks of 1024 threads, and saves registers by loading

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from dvkernels.kernels import arithmetic
+from dvkernels.kernels import arithmetic, update_rules
 from dvkernels.kernels.cuda.engine import (
     intrinsics,
     launch_table,
@@ -70,7 +70,7 @@ def _stepper(rule: int, code: int, count: int, address: Any) -> Any:
 
     ``g`` is the gradient, ``p`` the parameter, ``s`` and ``t`` are the slots.
     """
-    num_slots = (0, 1, 1, 2)[rule]
+    num_slots = update_rules.NUM_SLOTS[rule]
     access = reducers.Access(address, loops.num_sources, None, None, None)
     load_gradient = reducers.loader(arithmetic.ADD, code, count, access)
     load, _, divide, store = reducers.batch(arithmetic.ADD, code, count)

@@ -23,6 +23,8 @@ def _step(rule: int, gradient: Any, states: Any, coefficients: Any) -> Any:
     parameter, first, second = states
     if rule == update_rules.ADAM:
         return update_rules.adam_step(gradient, parameter, first, second, coefficients)
+    if rule == update_rules.ADAGRAD:
+        return *update_rules.adagrad_step(gradient, parameter, first, coefficients), second
     return *update_rules.sgd_step(rule, gradient, parameter, first, coefficients), second
 
 

@@ -1,0 +1,156 @@
+"""Worker thread: takes closures and runs them; one that is lost is replaced by another."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, final
+
+from dvkernels import context, pytree, user_errors
+from dvkernels.context import Frame
+from dvkernels.coordinator.closure import Closure
+from dvkernels.coordinator.closure_queue import ClosureQueue
+from dvkernels.coordinator.per_worker import PerWorkerIterator
+from dvkernels.errors import WorkerLostError
+from dvkernels.profiler import tracing
+from dvkernels.replicas import thread_limits
+from dvkernels.strategies.parameter_server import current_call
+from dvkernels.threads import stoppable_thread
+from dvkernels.threads.stoppable_thread import StoppableThread
+from dvkernels.threads.thread import Latch
+from dvkernels.variables.table_server import apply_pending, pending_writes
+
+__all__: list[str] = []
+
+_IDLE_SECONDS = 1.0  # how often an idle worker checks that its coordinator exists
+# Workers that one closure may lose, before its error is taken to be its own.
+MOST_RUNS = 4
+
+
+@final
+class WorkerThread:
+    """Worker of one number: the thread that runs its closures, and what belongs to it alone.
+
+    A closure that raises ``WorkerLostError``, of something that the worker reaches for it, loses
+    the worker: this thread ends and another begins, with new iterators and that closure.
+
+    Parameters
+    ----------
+    number : int
+    closures : ClosureQueue
+    frame : Frame
+        The context of its calls.
+    owner : callable
+        Returns the coordinator while it exists.
+    share : int, optional
+        The threads of BLAS, OpenMP and Numba in a call.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        closures: ClosureQueue,
+        frame: Frame,
+        owner: Callable[[], Any],
+        share: int | None,
+    ) -> None:
+        self.number = number
+        self.threads: list[StoppableThread] = []  # the last one lives
+        self._closures = closures
+        self._frame = frame
+        self._owner = owner
+        self._share = share
+        self._num_lowered = 0
+        self._iterators: weakref.WeakKeyDictionary[PerWorkerIterator, Iterator[Any]]
+        self._inherited: Closure | None = None  # of the thread before
+
+    def new_thread(self) -> StoppableThread:
+        """Return a thread of this worker, which has not begun."""
+        name = f"dvkernels-replica-worker-{self.number}"
+        thread = StoppableThread(self._serve, name, self._closures.wake)
+        self.threads = [*self.threads[-1:], thread]
+        return thread
+
+    def _serve(self, stop: Latch) -> None:
+        """Run closures until the coordinator is closed, or this worker is lost."""
+        closures, closure = self._closures, self._inherited
+        self._inherited = None
+        self._num_lowered = 0
+        self._iterators = weakref.WeakKeyDictionary()
+        try:
+            while True:
+                if closure is None:
+                    closure = closures.take(_IDLE_SECONDS)
+                if closure is not None:
+                    if self._is_lost_by(closure):
+                        return  # to the next thread
+                    closure = None
+                elif closures.why_closed or stop.is_open or self._owner() is None:
+                    return
+        except BaseException as error:  # no memory is left, or the program ends
+            if closure is not None and not closure.done.is_open:
+                closures.fail(self.number, closure, error)
+            self._is_replaced()
+
+    def _is_lost_by(self, closure: Closure) -> bool:
+        """Run a closure to its end; return whether another thread does instead."""
+        closures, number = self._closures, self.number
+        closures.begin(number, closure)
+        share = self._share
+        if share is not None and self._num_lowered < len(thread_limits.settings):
+            self._num_lowered = thread_limits.lower(share, self._num_lowered)
+        recording = tracing.active
+        began = 0 if recording is None else time.perf_counter_ns()
+        closure.runs += 1
+        try:
+            result = closure.variables.copy().run(self._call, closure)
+        except BaseException as error:
+            is_lost = isinstance(error, WorkerLostError) and closure.runs < MOST_RUNS
+            if is_lost and self._is_replaced(closure):
+                return True
+            user_errors.annotate(error, f"raised by {closure}, on worker {number}")
+            closures.fail(number, closure, error)
+        else:
+            closures.finish(number, closure, result)
+        if recording is not None:
+            recording.name_lane(f"worker {number}")
+            recording.add("call", "step", began, {"number": closure.number})
+        return False
+
+    def _call(self, closure: Closure) -> Any:
+        """Call the function, in the context of the strategy and of this worker."""
+        context.enter(self._frame)
+        current_call.set((self.number, closure.number))
+        args, kwargs = closure.args, closure.kwargs
+        if closure.has_workers_values:
+            args, kwargs = pytree.map_leaves(self._own, (args, kwargs))
+        if not closure.once:
+            return closure.fn(*args, **kwargs)
+        writes: list[Any] = []
+        token = pending_writes.set(writes)
+        result = closure.fn(*args, **kwargs)
+        pending_writes.reset(token)
+        apply_pending(writes)
+        return result
+
+    def _own(self, value: Any) -> Any:
+        """Return this worker's iterator for that of all workers; another value as it is."""
+        if not isinstance(value, PerWorkerIterator):
+            return value
+        found = self._iterators.get(value)
+        if found is None:
+            found = self._iterators[value] = value.of_worker(self.number)
+        return found
+
+    def _is_replaced(self, closure: Closure | None = None) -> bool:
+        """Start another thread, which runs this closure again; return whether it has started."""
+        if stoppable_thread.is_over:
+            return False
+        before, self._inherited = self.threads, closure
+        try:
+            self.new_thread().start()
+        except RuntimeError:  # no thread can be started
+            self.threads, self._inherited = before, None
+            return False
+        return True
