@@ -7,6 +7,7 @@ comes from the same accounts.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -58,7 +59,8 @@ class Holding:
         self._account.change(self._nbytes)
 
     def __del__(self) -> None:
-        self._account.change(-self._nbytes)
+        with contextlib.suppress(AttributeError):  # an interrupt may have ended __init__ early
+            self._account.change(-self._nbytes)
 
 
 # Yields (device, owner, bytes) of arrays that a module counts only when it is asked.
