@@ -152,7 +152,11 @@ def _examples(examples: Iterable[tuple[str, str]], overview: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser that says when its help cannot be written; ``argparse`` ignores that."""
+    """Parser that says when its help cannot be written, which ``argparse`` ignores."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.color = False  # Python 3.14 would colour the help, and count the colours as width
 
     def _print_message(self, message: str, file: Any = None) -> None:
         stream = sys.stderr if file is None else file
@@ -191,7 +195,7 @@ def _wrapped(text: str, width: int, indent: int | str) -> str:
     following = indent if isinstance(indent, str) else " " * indent
     return textwrap.fill(
         text,
-        width,
+        max(width, 9),  # of a terminal of a few columns
         subsequent_indent=following,
         break_long_words=False,
         break_on_hyphens=False,
