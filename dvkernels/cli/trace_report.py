@@ -7,50 +7,58 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dvkernels.cli import output_paths
-from dvkernels.profiler import trace_merge
-from dvkernels.profiler.report import analysis, page, trace_table
-from dvkernels.profiler.report.analysis import Analysis
-from dvkernels.profiler.report.time_split import PARTS
+from dvkernels.cli import argument_types, output_paths
+
+if TYPE_CHECKING:
+    from dvkernels.profiler.report.analysis import Analysis
+    from dvkernels.profiler.report.trace_table import TraceTable
 
 __all__: list[str] = []
 
 HELP = "analyse a trace: where the time goes, who is late, and which setting to change"
+EXAMPLES = (
+    ("a summary", "python -m dvkernels report run.json"),
+    ("a page", "python -m dvkernels report run.json -o report.html"),
+    ("of all workers", "python -m dvkernels report run.worker-*.json -o report.html"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the files."""
     parser.add_argument(
         "files", nargs="+", metavar="TRACE",
-        help="a trace, or those of all workers of a job, such as run.worker-*.json",
+        help="a trace, or those of all workers of a job, such as run.worker-0.json",
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", metavar="FILE",
-        help="write a page, such as report.html, that needs no network (default: print a summary)",
+        help="write a page, such as report.html, that needs no network (default: only a summary)",
     )  # fmt: skip
-    parser.add_argument(
-        "--json", action="store_true", help="print the analysis as one JSON object (default: text)"
-    )
+    argument_types.add_json(parser, "the whole analysis")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Analyse the trace; write the page, or print what it says."""
+    """Analyse the trace, print what it says, and write the page."""
+    from dvkernels.profiler.report import analysis, page, trace_table
+
     if arguments.output is not None:
         page.check()
         output_paths.file("--output", arguments.output)
     table = _read(arguments.files)
     found = analysis.analyse(table)
     if arguments.output is not None:
-        page.write(arguments.output, _title(arguments.files), table, found)
-    if arguments.json:
-        print(json.dumps(found.as_json()))
-    else:
-        print("\n".join(_lines(found)))
+        # The title is the name of the trace without its worker.
+        name = Path(arguments.files[0]).name.partition(".worker-")[0].removesuffix(".json")
+        page.write(arguments.output, trace_table.printable(name), table, found)
+    print(json.dumps(found.as_json()) if arguments.json else "\n".join(_lines(found)))
     return 0
 
 
-def _read(files: list[str]) -> trace_table.TraceTable:
+def _read(files: list[str]) -> TraceTable:
+    from dvkernels.profiler import trace_merge
+    from dvkernels.profiler.report import trace_table
+
     if len(files) == 1:
         return trace_table.read(files[0])
     with tempfile.TemporaryDirectory() as folder:
@@ -59,16 +67,10 @@ def _read(files: list[str]) -> trace_table.TraceTable:
         return trace_table.read(merged)
 
 
-def _title(files: list[str]) -> str:
-    """Return the name of the trace, without the worker in it."""
-    name = Path(files[0]).name.partition(".worker-")[0].removesuffix(".json")
-    return trace_table.printable(name)
-
-
 def _lines(found: Analysis) -> Iterator[str]:
     for each in found.times:
         steps = f"{each.num_steps} steps, {1e3 * each.total / each.num_steps:.3f} ms each"
-        parts = ", ".join(f"{part} {100 * each.share(part):.0f} %" for part in PARTS)
+        parts = ", ".join(f"{part} {100 * each.share(part):.0f} %" for part in each.seconds)
         yield f"{each.strategy}, worker {each.worker}, replica {each.replica}: {steps}: {parts}"
     for late in found.lateness[:1]:
         part = 100 * late.num_last / late.num_meetings
