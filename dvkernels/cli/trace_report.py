@@ -7,16 +7,21 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dvkernels.cli import output_paths
-from dvkernels.profiler import trace_merge
-from dvkernels.profiler.report import analysis, page, trace_table
-from dvkernels.profiler.report.analysis import Analysis
-from dvkernels.profiler.report.time_split import PARTS
+from dvkernels.cli import argument_types, output_paths
+
+if TYPE_CHECKING:
+    from dvkernels.profiler.report.analysis import Analysis
+    from dvkernels.profiler.report.trace_table import TraceTable
 
 __all__: list[str] = []
 
 HELP = "analyse a trace: where the time goes, who is late, and which setting to change"
+EXAMPLES = (
+    ("a summary", "python -m dvkernels report run.json"),
+    ("a page of all workers", "python -m dvkernels report run.worker-*.json -o report.html"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", metavar="FILE",
         help="write a page, such as report.html, that needs no network (default: print a summary)",
     )  # fmt: skip
-    parser.add_argument(
-        "--json", action="store_true", help="print the analysis as one JSON object (default: text)"
-    )
+    argument_types.add_json(parser, "the analysis")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Analyse the trace; write the page, or print what it says."""
+    from dvkernels.profiler.report import analysis, page
+
     if arguments.output is not None:
         page.check()
         output_paths.file("--output", arguments.output)
@@ -50,7 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(files: list[str]) -> trace_table.TraceTable:
+def _read(files: list[str]) -> TraceTable:
+    from dvkernels.profiler import trace_merge
+    from dvkernels.profiler.report import trace_table
+
     if len(files) == 1:
         return trace_table.read(files[0])
     with tempfile.TemporaryDirectory() as folder:
@@ -61,11 +69,15 @@ def _read(files: list[str]) -> trace_table.TraceTable:
 
 def _title(files: list[str]) -> str:
     """Return the name of the trace, without the worker in it."""
+    from dvkernels.profiler.report import trace_table
+
     name = Path(files[0]).name.partition(".worker-")[0].removesuffix(".json")
     return trace_table.printable(name)
 
 
 def _lines(found: Analysis) -> Iterator[str]:
+    from dvkernels.profiler.report.time_split import PARTS
+
     for each in found.times:
         steps = f"{each.num_steps} steps, {1e3 * each.total / each.num_steps:.3f} ms each"
         parts = ", ".join(f"{part} {100 * each.share(part):.0f} %" for part in PARTS)
