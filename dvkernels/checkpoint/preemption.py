@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import weakref
@@ -177,8 +178,9 @@ class PreemptionHandler:
             ) from failure
 
     def __del__(self) -> None:
-        if threading.get_ident() == threading.main_thread().ident:
-            _restore(self._replaced)
+        with contextlib.suppress(AttributeError):  # an interrupt may have ended __init__ early
+            if threading.get_ident() == threading.main_thread().ident:
+                _restore(self._replaced)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number).name

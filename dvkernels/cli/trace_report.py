@@ -20,7 +20,8 @@ __all__: list[str] = []
 HELP = "analyse a trace: where the time goes, who is late, and which setting to change"
 EXAMPLES = (
     ("a summary", "python -m dvkernels report run.json"),
-    ("a page of all workers", "python -m dvkernels report run.worker-*.json -o report.html"),
+    ("a page", "python -m dvkernels report run.json -o report.html"),
+    ("of all workers", "python -m dvkernels report run.worker-*.json -o report.html"),
 )
 
 
@@ -28,18 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the files."""
     parser.add_argument(
         "files", nargs="+", metavar="TRACE",
-        help="a trace, or those of all workers of a job, such as run.worker-*.json",
+        help="a trace, or those of all workers of a job, such as run.worker-0.json",
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", metavar="FILE",
-        help="write a page, such as report.html, that needs no network (default: print a summary)",
+        help="write a page, such as report.html, that needs no network (default: only a summary)",
     )  # fmt: skip
-    argument_types.add_json(parser, "the analysis")
+    argument_types.add_json(parser, "the whole analysis")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Analyse the trace; write the page, or print what it says."""
-    from dvkernels.profiler.report import analysis, page
+    """Analyse the trace, print what it says, and write the page."""
+    from dvkernels.profiler.report import analysis, page, trace_table
 
     if arguments.output is not None:
         page.check()
@@ -47,11 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     table = _read(arguments.files)
     found = analysis.analyse(table)
     if arguments.output is not None:
-        page.write(arguments.output, _title(arguments.files), table, found)
-    if arguments.json:
-        print(json.dumps(found.as_json()))
-    else:
-        print("\n".join(_lines(found)))
+        # The title is the name of the trace without its worker.
+        name = Path(arguments.files[0]).name.partition(".worker-")[0].removesuffix(".json")
+        page.write(arguments.output, trace_table.printable(name), table, found)
+    print(json.dumps(found.as_json()) if arguments.json else "\n".join(_lines(found)))
     return 0
 
 
@@ -67,20 +67,10 @@ def _read(files: list[str]) -> TraceTable:
         return trace_table.read(merged)
 
 
-def _title(files: list[str]) -> str:
-    """Return the name of the trace, without the worker in it."""
-    from dvkernels.profiler.report import trace_table
-
-    name = Path(files[0]).name.partition(".worker-")[0].removesuffix(".json")
-    return trace_table.printable(name)
-
-
 def _lines(found: Analysis) -> Iterator[str]:
-    from dvkernels.profiler.report.time_split import PARTS
-
     for each in found.times:
         steps = f"{each.num_steps} steps, {1e3 * each.total / each.num_steps:.3f} ms each"
-        parts = ", ".join(f"{part} {100 * each.share(part):.0f} %" for part in PARTS)
+        parts = ", ".join(f"{part} {100 * each.share(part):.0f} %" for part in each.seconds)
         yield f"{each.strategy}, worker {each.worker}, replica {each.replica}: {steps}: {parts}"
     for late in found.lateness[:1]:
         part = 100 * late.num_last / late.num_meetings

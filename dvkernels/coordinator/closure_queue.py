@@ -67,17 +67,19 @@ class ClosureQueue:
             if self._queue.qsize() < self.bound:
                 break
             # Half of them at a time, so that not every closure wakes this thread.
-            self._wait(self._open[len(self._open) // 2].done, "schedule, whose queue is full,")
+            middle = self._at(len(self._open) // 2)
+            if middle is not None:
+                self._wait(middle.done, "schedule, whose queue is full,")
             self.raise_error()
         if self.why_closed:
             raise ContextError(f"schedule of {self.name}: {self.why_closed}")
         self._open.append(closure)
         self._queue.put(closure)
+        self._cancel_if_closed()  # by another thread meanwhile
 
     def join(self) -> None:
         """Wait until all closures have ended; raise an error that has not come out."""
-        while self._open:
-            head = self._open[0]
+        while (head := self._at(0)) is not None:
             if not head.done.is_open:
                 self._wait(head.done, "join", head)
             self._remove(head)
@@ -109,8 +111,14 @@ class ClosureQueue:
             del failed  # the traceback of the error refers to this frame
 
     def _prune(self) -> None:
-        while self._open and self._open[0].done.is_open:
-            self._remove(self._open[0])
+        while (head := self._at(0)) is not None and head.done.is_open:
+            self._remove(head)
+
+    def _at(self, position: int) -> Closure | None:
+        try:
+            return self._open[position]
+        except IndexError:  # other threads remove some
+            return None
 
     def _remove(self, closure: Closure) -> None:
         try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
@@ -203,11 +211,17 @@ class ClosureQueue:
     def close(self, why: str, num_workers: int) -> None:
         """Cancel the closures that no worker has taken, and let the workers end."""
         self.why_closed = self.why_closed or why
-        for closure in list(self._open):
-            if closure.claim.take():
-                closure.end(None, CallCancelledError(f"{closure} was cancelled: {why}"))
+        self._cancel_if_closed()
         for _ in range(num_workers):
             self.wake()
+
+    def _cancel_if_closed(self) -> None:
+        if not self.why_closed:
+            return
+        for closure in list(self._open):
+            if closure.claim.take():
+                text = f"{closure} was cancelled: {self.why_closed}"
+                closure.end(None, CallCancelledError(text))
 
     def wake(self) -> None:
         """Let a worker that waits for a closure see that there will be none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import queue
@@ -83,8 +84,9 @@ class QueueThreads(Generic[T]):
         return all(thread.wait(seconds) for thread in self._threads)
 
     def __del__(self) -> None:
-        if self.is_here:
-            self.stop()
+        with contextlib.suppress(AttributeError):  # an interrupt may have ended __init__ early
+            if self.is_here:
+                self.stop()
 
 
 def _serve(

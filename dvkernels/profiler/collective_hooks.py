@@ -85,7 +85,7 @@ class CollectiveEvent:
     )  # fmt: skip
 
     terms: tuple[Any, ...]
-    contributed: Any  # the replica's contribution, for the hooks ``before``
+    contributed: Any  # by the replica; set for the hooks ``before``, and None after them
 
     def __init__(self, call: Any, place: StepPlace, replica: int, step: Any) -> None:
         verb, self.terms, contributed, _ = call
@@ -95,7 +95,6 @@ class CollectiveEvent:
         self.num_replicas: int = step.num_replicas
         self.step_id = id(step)
         self.error: BaseException | None = None
-        self.contributed = None
         if type(contributed) is tuple and contributed:
             contributed = contributed[0]
         if type(contributed) is list and contributed:

@@ -7,6 +7,7 @@ comes from the same accounts.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -58,7 +59,8 @@ class Holding:
         self._account.change(self._nbytes)
 
     def __del__(self) -> None:
-        self._account.change(-self._nbytes)
+        with contextlib.suppress(AttributeError):  # an interrupt may have ended __init__ early
+            self._account.change(-self._nbytes)
 
 
 # Yields (device, owner, bytes) of arrays that a module counts only when it is asked.
@@ -124,12 +126,12 @@ class MemoryReport:
         for device, most in sorted(self.peak_by_device.items()):
             lines.append(_row(device, width, self.by_device.get(device, none)))
             lines.append(_row("  at most", width, most))
-        own, peak = _shown(self.process_nbytes), _shown(self.process_peak_nbytes)
+        own, peak = size_text(self.process_nbytes), size_text(self.process_peak_nbytes)
         return "\n".join([*lines, f"process: {own}, at most {peak}"])
 
 
 def _row(name: str, width: int, owners: dict[str, int]) -> str:
-    return f"{name:{width}}" + "".join(f"{_shown(owners[owner]):>13}" for owner in OWNERS)
+    return f"{name:{width}}" + "".join(f"{size_text(owners[owner]):>13}" for owner in OWNERS)
 
 
 def memory() -> MemoryReport:
@@ -179,7 +181,8 @@ def _of_process() -> tuple[int | None, int | None]:
     return now, peak
 
 
-def _shown(nbytes: int | None) -> str:
+def size_text(nbytes: int | None) -> str:
+    """Return a number of bytes in a unit that fits."""
     if nbytes is None:
         return "unknown"
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):

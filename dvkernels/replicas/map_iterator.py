@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -150,5 +151,6 @@ class MapIterator(Generic[R]):
         self.close()
 
     def __del__(self) -> None:
-        if self._farm.pid == os.getpid():
-            self._farm.close("it was dropped")
+        with contextlib.suppress(AttributeError):  # an interrupt may have ended __init__ early
+            if self._farm.pid == os.getpid():
+                self._farm.close("it was dropped")

@@ -35,9 +35,9 @@ pytestmark = pytest.mark.skipif(
 )
 KERNELS = kernels()
 # Loads in flight of a thread: four vectors of two sources; two of a gradient and of each state.
-_LOADS = {"adam": 8, "momentum": 6, "nesterov": 6, "sgd": 4}
+_LOADS = {"adagrad": 6, "adam": 8, "momentum": 6, "nesterov": 6, "sgd": 4}
 # With unpacked lanes, or a function of the user's, the first additions may come early; and with
-# momentum in float64, for which ptxas 13.5 schedules the first vector early on sm_120.
+# momentum and Adagrad in float64, for which ptxas 13.5 schedules the first vector early on sm_120.
 _FEWER_LOADS = 4
 _UNPACKED = {"int8", "uint8", "int16", "uint16"}
 # Of four vectors 16 (a first source, two at a time, the last); of one, three at a time, 5; of two
@@ -47,7 +47,7 @@ _MOST_WIDE_LOADS = 24
 
 def test_the_catalogue_is_complete() -> None:
     # Kernels within a GPU, waiting kernels, rows, optimizers, custom reductions.
-    assert len(KERNELS) == 42 + 42 + 8 + 8 + 8
+    assert len(KERNELS) == 42 + 42 + 8 + 10 + 8
     assert len(catalogue.DTYPES) == 15
 
 
@@ -107,7 +107,7 @@ def promised_loads(name: str) -> int:
     """Return the loads of a thread that are to be in flight together."""
     *operation, dtype = name.split()
     is_unpacked = dtype in _UNPACKED and "add" not in operation
-    is_early = dtype == "float64" and operation[0] in ("momentum", "nesterov")
+    is_early = dtype == "float64" and operation[0] in ("adagrad", "momentum", "nesterov")
     if KERNELS[name].name is None or is_unpacked or is_early:
         return _FEWER_LOADS
     return _LOADS.get(operation[0], 8)

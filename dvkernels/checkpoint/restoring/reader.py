@@ -50,7 +50,9 @@ class CheckpointReader:
         while self._descriptors:
             file_system.active.close(self._descriptors.pop())
 
-    __del__ = close  # an interrupt may prevent the call of close
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # an interrupt may have ended __init__ early
+            self.close()
 
     def check(self, names: Iterable[str]) -> None:
         """Read tensors and compare their checksums, without keeping the data."""

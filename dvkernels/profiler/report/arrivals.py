@@ -11,7 +11,7 @@ import numpy as np
 
 from dvkernels.profiler.report.trace_table import TraceTable
 
-__all__ = ["Lateness", "Meetings", "lateness", "meetings"]
+__all__ = ["Lateness", "Meetings", "lateness", "meetings", "ordinals"]
 
 
 class Meetings(NamedTuple):

@@ -6,13 +6,14 @@ import html
 import math
 from typing import Any
 
+from dvkernels.profiler import memory_report
 from dvkernels.profiler.report.analysis import Analysis
 from dvkernels.profiler.report.memory_series import PROCESS
-from dvkernels.profiler.report.time_split import PARTS
+from dvkernels.profiler.report.time_split import PARTS, UPDATES
 from dvkernels.profiler.report.timeline import Timeline
 from dvkernels.profiler.report.trace_table import TraceTable
 
-__all__ = ["figures", "milliseconds_text", "size_text"]
+__all__ = ["figures", "milliseconds_text"]
 
 Figure = dict[str, Any]
 
@@ -39,14 +40,6 @@ def milliseconds_text(seconds: float) -> str:
     """Return a time in ms with three or four digits."""
     value = 1e3 * seconds
     return f"{value:,.{0 if value >= 1000 else 1 if value >= 100 else 2 if value >= 10 else 3}f}"
-
-
-def size_text(nbytes: int) -> str:
-    """Return a number of bytes in a unit that fits."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.1f} {name}"
-    return f"{nbytes} B"
 
 
 def figures(table: TraceTable, found: Analysis, shown: Timeline) -> dict[str, Figure]:
@@ -101,8 +94,9 @@ def _timeline(table: TraceTable, shown: Timeline) -> Figure:
     by_kind: dict[str, dict[str, list[Any]]] = {}
     for row, begin, name in zip(shown.rows, shown.begins, shown.names, strict=True):
         category = table.texts[table.category[row]]
-        if name.startswith("reduce"):
-            category = "update" if "apply_gradients" in name or "Variable." in name else "reduce"
+        if category == "collective" and name.startswith("reduce"):
+            is_update = name.removeprefix("reduce (").startswith(UPDATES)
+            category = "update" if is_update else "reduce"
         kind = _KINDS.get(category, _OTHER)
         bars = by_kind.setdefault(kind, {"x": [], "base": [], "y": [], "width": [], "text": []})
         is_range = kind == "ranges"
@@ -170,7 +164,8 @@ def _bandwidth(found: Analysis) -> Figure:
     return _figure(
         data, "bytes of one replica", "GB/s", showlegend=True,
         xaxis={
-            "type": "log", "tickvals": ticks, "ticktext": [size_text(size) for size in ticks],
+            "type": "log", "tickvals": ticks,
+            "ticktext": [memory_report.size_text(size) for size in ticks],
             "range": [math.log10(sizes[0]) - 0.2, math.log10(sizes[-1]) + 0.2],
         },
         yaxis={

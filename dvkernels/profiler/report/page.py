@@ -10,7 +10,7 @@ from typing import Any
 
 from dvkernels._version import __version__
 from dvkernels.errors import DvKernelsError
-from dvkernels.profiler import atomic_file
+from dvkernels.profiler import atomic_file, memory_report
 from dvkernels.profiler.report import arrivals, figures, timeline
 from dvkernels.profiler.report.analysis import Analysis
 from dvkernels.profiler.report.time_split import PARTS
@@ -66,7 +66,7 @@ def text(title: str, table: TraceTable, found: Analysis) -> str:
     environment.filters |= {
         "ms": figures.milliseconds_text,
         "percent": lambda share: f"{100 * share:.1f}",
-        "size": figures.size_text,
+        "size": memory_report.size_text,
     }
     main = found.times[0].strategy if found.times else ""
     shown = timeline.timeline(table, main, arrivals.meetings(table))

@@ -25,10 +25,10 @@ from dvkernels.profiler.report.arrivals import Meetings
 from dvkernels.profiler.report.intervals import Intervals
 from dvkernels.profiler.report.trace_table import TraceTable
 
-__all__ = ["PARTS", "ReplicaTime", "replica_times"]
+__all__ = ["PARTS", "UPDATES", "ReplicaTime", "replica_times", "steps_of"]
 
 PARTS = ("compute", "reduce", "update", "waiting", "input", "between steps")
-_UPDATES = ("apply_gradients", "Variable.")  # begins of the verbs that write variables
+UPDATES = ("apply_gradients", "Variable.")  # begins of the verbs that write variables
 
 
 class ReplicaTime(NamedTuple):
@@ -115,8 +115,8 @@ class _Waits:
         self.is_reduce = is_collective & table.is_a("name", "reduce")
         self.is_call = is_collective & ~self.is_reduce
         self.all_there = begin  # when the last replica of the meeting had arrived
-        is_update = np.char.startswith(table.verbs(), _UPDATES[0])
-        is_update |= np.char.startswith(table.verbs(), _UPDATES[1])
+        is_update = np.char.startswith(table.verbs(), UPDATES[0])
+        is_update |= np.char.startswith(table.verbs(), UPDATES[1])
         self.is_update = self.is_reduce & is_update
 
 

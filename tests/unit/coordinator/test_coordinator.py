@@ -221,6 +221,28 @@ def test_several_errors_come_out_of_one_join_each(coordinator, blocked):
     coordinator.join()
 
 
+def test_threads_may_schedule_and_join_together(coordinator):
+    made, failures = [], []
+
+    def work(k):
+        try:
+            for number in range(200):
+                coordinator.schedule(made.append, ((k, number),))
+                if number % 20 == 0:
+                    coordinator.join()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    coordinator.join()
+    assert not failures
+    assert sorted(made) == [(k, number) for k in range(4) for number in range(200)]
+
+
 def test_a_full_queue_lets_schedule_wait(monkeypatch):
     monkeypatch.setattr(closure_queue.ClosureQueue.__init__, "__defaults__", (3,))
     with dv.ParameterServerStrategy(num_workers=1) as strategy:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+import dvkernels as dv
 from dvkernels.profiler import trace_format
 
 STRATEGY = "MirroredStrategy(cpu:0, cpu:1)"
@@ -63,3 +66,17 @@ def write(path, records, about=None):
     with path.open("wb") as file:
         trace_format.write_records(file, records, about or facts())
     return path
+
+
+def job(path):
+    """Record the trace of a worker of two; the workers find this module by its name."""
+    with dv.MultiWorkerMirroredStrategy(devices=["cpu:0"] * 2) as strategy:
+
+        def step():
+            dv.get_replica_context().all_reduce("sum", np.ones(1000))
+            dv.get_replica_context().barrier()
+
+        strategy.run(step)
+        with dv.profiler.trace(path):
+            for _ in range(5):
+                strategy.run(step)

@@ -132,6 +132,7 @@ class GroupFile:
             os.close(descriptor)
 
     def __del__(self) -> None:
+        # An interrupt may have ended __init__ early.
         with contextlib.suppress(OSError, AttributeError):
             self.close()
 
