@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dvkernels import html_table
 from dvkernels.kernels import update_rules
 from dvkernels.optimizers.optimizer import Columns, LearningRate, Optimizer
 from dvkernels.values.scalar_checks import within
@@ -53,6 +54,8 @@ class Adagrad(Optimizer):
         super().__init__(learning_rate)
         self.epsilon = within(epsilon, "epsilon", 0)
         self.weight_decay = within(weight_decay, "weight_decay", 0)
+
+    __repr__, _repr_html_ = html_table.settings("learning_rate", "epsilon", "weight_decay")
 
     @property
     def slot_names(self) -> tuple[str, ...]:

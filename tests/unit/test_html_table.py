@@ -69,6 +69,7 @@ def objects(strategy, folder):
         (iter(distributed), ["epoch", "position", "0", "closed", "False"]),
         (dv.optimizers.SGD(lambda step: 0.5, momentum=0.9), ["learning_rate", "0.5", "0.9"]),
         (dv.optimizers.AdamW(), ["beta_2", "0.999", "weight_decay"]),
+        (dv.optimizers.Adagrad(0.25), ["learning_rate", "0.25", "epsilon"]),
         (checkpoint, ["weight: Variable", "bias: ndarray"]),
         (dv.CheckpointManager(checkpoint, folder), [str(folder), "max_to_keep"]),
         (checkpoint.restore(path), ["matched", "weight", "bias", str(path)]),
