@@ -78,7 +78,7 @@ def _blocks_of_worker(batch: int, hidden: int, rounds: int) -> dict[str, list[fl
             context: Any = dv.get_replica_context()
             steps[context.replica_id_in_sync_group]()
 
-        calls = {
+        calls: dict[str, tuple[Callable[[], Any], bool]] = {
             "alone": (step_of(slice(0, batch), list), rank == 0),
             "possible": (step_of(half, list), True),
             "workers": (functools.partial(workers.run, own), True),
