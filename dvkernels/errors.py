@@ -32,11 +32,23 @@ __all__ = [
     "WorkerLostError",
 ]
 
-PREEMPTED = 42  # exit status of a process that was preempted and has saved
+#: Exit status of a process that was preempted and has saved.
+PREEMPTED = 42
 
 
 class DvKernelsError(Exception):
-    """Base class of every error that the library raises itself."""
+    """Base class of every error that the library raises itself.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import dvkernels as dv
+    >>> try:
+    ...     dv.kernels.all_reduce([np.zeros(3), np.zeros(4)])
+    ... except dv.errors.DvKernelsError as error:
+    ...     print(type(error).__name__, isinstance(error, ValueError))
+    BufferMismatchError True
+    """
 
     def _render_traceback_(self) -> list[str]:
         """Return the lines that IPython prints, without the frames of this package."""

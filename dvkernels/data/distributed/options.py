@@ -13,7 +13,16 @@ __all__ = ["AutoShardPolicy", "InputOptions"]
 
 
 class AutoShardPolicy(NamedEnum):
-    """Policy by which several workers share a dataset; a single worker takes all of it."""
+    """Policy by which several workers share a dataset; a single worker takes all of it.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> [policy.value for policy in dv.AutoShardPolicy]
+    ['auto', 'file', 'data', 'off']
+    >>> dv.InputOptions(auto_shard_policy="data").auto_shard_policy
+    <AutoShardPolicy.DATA: 'data'>
+    """
 
     AUTO = "auto"  # by files where the dataset allows it, else by rows
     FILE = "file"

@@ -1,0 +1,173 @@
+"""Built documentation: complete, without private paths, self-contained, no wider than a phone.
+
+``DVKERNELS_BUILT_DOCS`` names a folder that has been built already.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import http.server
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import public_names
+import pytest
+
+pytestmark = pytest.mark.built_docs
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = ("sphinx", "myst_nb", "numpydoc", "pydata_sphinx_theme", "sphinx_gallery")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+PHONE = 390  # px
+NAMES = public_names.public_names()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    if built := os.environ.get("DVKERNELS_BUILT_DOCS"):
+        return Path(built)
+    for package in NEEDED:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: the extra docs")
+    target = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", ROOT / "docs", target]
+    ran = subprocess.run(build, capture_output=True, text=True, timeout=280, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return target
+
+
+def pages(site: Path) -> dict[str, str]:
+    found = site.rglob("*.html")
+    return {page.relative_to(site).as_posix(): page.read_text("utf-8") for page in found}
+
+
+def article(page: str) -> str:
+    """Return the text of a page's article, without code."""
+    body = page.partition("<article")[2].partition("</article>")[0]
+    return html.unescape(re.sub(r"<[^>]+>", "", re.sub(r"(?s)<(pre|svg)\b.*?</\1>", "", body)))
+
+
+def page_of(site: Path, name: str) -> str:
+    return (site / "reference" / "api" / f"{name}.html").read_text("utf-8")
+
+
+def test_every_public_name_has_a_page_with_an_example(site):
+    for name, value in NAMES.items():
+        page = page_of(site, name)
+        assert f"<h1>{public_names.title(name)}<" in page, name
+        assert f'id="{name}"' in page, name
+        is_described = isinstance(value, type) and issubclass(value, BaseException)
+        has_example = "&gt;&gt;&gt; " in page or "highlight" in page
+        assert has_example or is_described or isinstance(value, int), f"{name} has no example"
+
+
+def test_no_page_has_private_paths_or_raw_roles_or_empty_descriptions(site):
+    public = {name.rpartition(".")[0] for name in NAMES} | {*NAMES}
+    for path, page in pages(site).items():
+        text = article(page)
+        assert not re.findall(r":[a-z:]+:`[^`]*`", text), path
+        if path.startswith("reference/api/"):
+            paths = re.findall(r"\bdvkernels(?:\.[a-z_]+)+\.[A-Z]\w+", text)
+            assert [each for each in paths if each not in public] == [], path
+            assert not re.search(r"<dd>\s*(<p>\s*</p>\s*)?</dd>", page), path
+
+
+def test_links_inside_the_pages_lead_somewhere(site):
+    found = pages(site)
+    ids = {path: {*re.findall(r'\bid="([^"]+)"', page)} for path, page in found.items()}
+    for path, page in found.items():
+        for target in re.findall(r'<a [^>]*?href="([^"]+)"', page):
+            where, _, anchor = html.unescape(target).partition("#")
+            if re.match(r"[a-z]+:", where):
+                continue
+            to = os.path.normpath(os.path.join(os.path.dirname(path), where)) if where else path
+            assert (site / to).exists(), f"{path}: {target}"
+            if anchor and to in ids:
+                assert anchor in ids[to], f"{path}: {target}"
+
+
+def test_nothing_is_loaded_from_elsewhere(site):
+    loads = re.compile(
+        r"""<(?:script|img|iframe|source|video)\b[^>]*?\bsrc=["'](?:https?:)?//"""
+        r"""|<link\b[^>]*?\brel=["'](?:stylesheet|preload|icon)["'][^>]*?href=["'](?:https?:)?//"""
+        r"""|@import\s+(?:url\()?["']?(?:https?:)?//|url\(["']?(?:https?:)?//"""
+    )
+    for path, page in pages(site).items():
+        assert not loads.search(page), path
+    for sheet in site.rglob("*.css"):
+        assert not loads.search(sheet.read_text("utf-8")), sheet
+
+
+def test_code_is_coloured_and_outputs_are_shown(site):
+    page = (site / "tutorials" / "one-process-to-four.html").read_text("utf-8")
+    assert '<span class="kn">import</span>' in page
+    assert re.search(r"cell_output", page)
+    gallery = (site / "gallery" / "bootstrap.html").read_text("utf-8")
+    assert "95 % interval" in gallery
+    assert "sphx_glr_bootstrap_001" in gallery
+    assert "gallery/bootstrap.html" in page_of(site, "dvkernels.MirroredStrategy")
+
+
+WIDTHS = """<!doctype html><body><pre id="found">waiting</pre><script>
+const pages = PAGES, found = {};
+const frame = document.createElement("iframe");
+frame.style = "width: PHONEpx; height: 800px; border: 0";
+document.body.append(frame);
+let next = 0;
+frame.onload = () => {
+  const page = frame.contentDocument.scrollingElement;
+  if (next > 0) found[pages[next - 1]] = page.scrollWidth;
+  if (next < pages.length) frame.src = "/" + pages[next++];
+  else document.getElementById("found").textContent = JSON.stringify(found);
+};
+</script>"""
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    harness = b""
+
+    def do_GET(self):
+        if self.path != "/widths":
+            return super().do_GET()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(self.harness)
+        return None
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_no_page_is_wider_than_a_phone(site, tmp_path):
+    names = sorted(pages(site))
+    page = WIDTHS.replace("PAGES", json.dumps(names)).replace("PHONE", str(PHONE))
+    handler = type("Handler", (_Quiet,), {"harness": page.encode()})
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(handler, directory=str(site))
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ran = subprocess.run(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+             "--virtual-time-budget=600000", f"--user-data-dir={tmp_path}",
+             f"http://127.0.0.1:{server.server_port}/widths"],
+            capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        server.shutdown()
+    found = re.search(r'<pre id="found">(.*?)</pre>', ran.stdout, re.DOTALL)
+    assert found, ran.stderr[-2000:]
+    widths = json.loads(html.unescape(found[1]))
+    assert widths.keys() == {*names}
+    assert {name: width for name, width in widths.items() if width > PHONE} == {}
