@@ -97,6 +97,7 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
     "footer_start": ["copyright"],
     "footer_end": [],
+    "primary_sidebar_end": [],
     "show_toc_level": 2,
     "navigation_with_keys": False,
 }
