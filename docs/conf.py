@@ -1,8 +1,7 @@
 """Configuration of the documentation: ``python -m sphinx -W docs site``.
 
-Nothing is loaded from elsewhere, neither by the build nor by the pages. With
-``DVKERNELS_DOCS_ONLINE`` in the environment the build fetches the inventories of Python, NumPy and
-Numba, and links to them.
+Nothing is loaded from elsewhere, neither by the build nor by the pages. A site of several versions
+names the address of their list, in the form of the theme, in ``DVKERNELS_DOCS_VERSIONS``.
 """
 
 import os
@@ -16,6 +15,7 @@ sys.path[:0] = [str(DOCS / "_extensions"), str(ROOT)]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 import gallery
+import inventories
 import public_names
 
 import dvkernels
@@ -34,8 +34,15 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "figures",
     "project_tables",
+    "versions",
 ]
-exclude_patterns = ["_build", "_gallery_source", "gallery/**.ipynb", "gallery/**.py"]
+exclude_patterns = [
+    "_build",
+    "_gallery_source",
+    "_inventories",
+    "gallery/**.ipynb",
+    "gallery/**.py",
+]
 templates_path = ["_templates"]
 source_suffix = {".rst": "restructuredtext", ".md": "myst-nb"}
 suppress_warnings = ["config.cache"]
@@ -59,6 +66,9 @@ autosummary_context = {
     "first_public_base": public_names.first_public_base,
 }
 numpydoc_show_class_members = False
+numpydoc_xref_param_type = True
+numpydoc_xref_aliases = inventories.aliases()
+numpydoc_xref_ignore = "all"  # words that are no types
 # No parameter without a description, none that does not exist.
 numpydoc_validation_checks = {"PR02", "PR07"}
 numpydoc_validation_exclude = {
@@ -68,16 +78,7 @@ numpydoc_validation_exclude = {
 }
 maximum_signature_line_length = 60
 
-_INVENTORIES = {
-    "python": "https://docs.python.org/3/",
-    "numpy": "https://numpy.org/doc/stable/",
-    "numba": "https://numba.readthedocs.io/en/stable/",
-}
-intersphinx_mapping = (
-    {name: (url, None) for name, url in _INVENTORIES.items()}
-    if os.environ.get("DVKERNELS_DOCS_ONLINE")
-    else {}
-)
+intersphinx_mapping = inventories.mapping(DOCS / "_inventories")
 
 sphinx_gallery_conf = gallery.configuration(ROOT / "examples", DOCS)
 
@@ -91,8 +92,12 @@ html_copy_source = False
 html_theme_options = {
     "logo": {"text": "dvkernels"},
     "navbar_end": ["version-switcher", "theme-switcher"],
-    "switcher": {"json_url": "_static/switcher.json", "version_match": version},
-    "check_switcher": True,
+    # The extension versions.py gives each page its own list.
+    "switcher": {
+        "json_url": os.environ.get("DVKERNELS_DOCS_VERSIONS", ""),
+        "version_match": version,
+    },
+    "check_switcher": False,
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
     "footer_start": ["copyright"],

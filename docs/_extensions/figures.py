@@ -29,7 +29,7 @@ class Drawing:
         self.size = width, height
         self.shapes: list[str] = []
 
-    def text(self, x: float, y: float, text: str, anchor: str = "middle", size: int = 13) -> None:
+    def text(self, x: float, y: float, text: str, anchor: str = "middle", size: int = 14) -> None:
         """Write text whose baseline is at y."""
         self.shapes.append(
             f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
@@ -43,7 +43,7 @@ class Drawing:
             f'fill="var(--pst-color-primary)" fill-opacity="{fill}" stroke="currentColor" '
             f'stroke-opacity="0.4"/>'
         )
-        self.text(x + width / 2, y + height / 2 + 4.5, text)
+        self.text(x + width / 2, y + height / 2 + 5, text)
 
     def line(self, points: list[tuple[float, float]], dash: str = "", opacity: float = 1) -> None:
         """Draw a line through the points."""
@@ -107,8 +107,8 @@ _SAYS = {
     "write_every_copy_alike": "all copies",
     "first_copy": "a copy",
     "write_own_copy": "own copy",
-    "write_shares": "shares of the value",
-    "aggregate_copies": "aggregate of the copies",
+    "write_shares": "shares of, the value",
+    "aggregate_copies": "aggregate, of the copies",
     "write_every_copy": "all copies",
     "every_copy": "each copy",
 }
@@ -116,63 +116,57 @@ _SAYS = {
 
 def sync_modes() -> Drawing:
     """Draw what a write and a read do in each mode, in a replica and between steps."""
-    drawing = Drawing(640, 190)
-    for column, title in enumerate(
-        ("write in replica", "read in replica", "write outside", "read outside")
-    ):
-        drawing.text(160 + 132 * column, 18, title)
-    for row, mode in enumerate((Mode.ON_WRITE, Mode.ON_READ, Mode.NONE)):
-        drawing.text(84, 56 + 54 * row, mode.name, "end")
-        write, _, read, write_across, _, read_across = SYNC_MODES[mode]
-        for column, act in enumerate((write, read, write_across, read_across)):
-            words = _SAYS[act.__name__].split(", ")
-            x, y = 96 + 132 * column, 30 + 54 * row
-            drawing.box(x, y, 128, 46, "", 0.3 if "aggregate" in words[0] else 0.08)
+    drawing = Drawing(460, 274)
+    modes = (Mode.ON_WRITE, Mode.ON_READ, Mode.NONE)
+    rows = (("write", "in a replica"), ("read", "in a replica"), ("write", "outside"))
+    for column, mode in enumerate(modes):
+        drawing.text(154 + 122 * column, 18, mode.name)
+    for row, (verb, where) in enumerate((*rows, ("read", "outside"))):
+        drawing.text(4, 50 + 62 * row, verb, "start")
+        drawing.text(4, 67 + 62 * row, where, "start")
+        for column, mode in enumerate(modes):
+            write, _, read, write_across, _, read_across = SYNC_MODES[mode]
+            words = _SAYS[(write, read, write_across, read_across)[row].__name__].split(", ")
+            x, y = 95 + 122 * column, 28 + 62 * row
+            drawing.box(x, y, 118, 54, "", 0.3 if "aggregate" in words[0] else 0.08)
             for k, part in enumerate(words):
-                shift = 28 if len(words) == 1 else 20 + 16 * k
-                drawing.text(x + 64, y + shift, part, size=12)
+                drawing.text(x + 59, y + (31 if len(words) == 1 else 23 + 18 * k), part)
     return drawing
 
 
 def cost(num_workers: int = 4) -> Drawing:
     """Draw the predicted time of each algorithm between hosts by size."""
-    drawing = Drawing(600, 330)
+    drawing = Drawing(460, 330)
     sizes = [2.0**k for k in range(8, 31)]
-    curves = {
-        name: [
-            cost_model.seconds_by_algorithm(cost_model.NETWORK, num_workers, num_workers, int(n))[
-                name
-            ]
-            for n in sizes
-        ]
-        for name in ("gather", "exchange", "ring")
-    }
-    low = min(min(c) for c in curves.values())
-    high = max(max(c) for c in curves.values())
+    curves: dict[str, list[float]] = {"gather": [], "exchange": [], "ring": []}
+    for size in sizes:
+        seconds = cost_model.seconds_by_algorithm(
+            cost_model.NETWORK, num_workers, num_workers, int(size)
+        )
+        for name, curve in curves.items():
+            curve.append(seconds[name])
+    low, high = min(map(min, curves.values())), max(map(max, curves.values()))
 
     def at(nbytes: float, seconds: float) -> tuple[float, float]:
-        x = 70 + 500 * math.log(nbytes / sizes[0]) / math.log(sizes[-1] / sizes[0])
+        x = 64 + 370 * math.log(nbytes / sizes[0]) / math.log(sizes[-1] / sizes[0])
         return x, 280 - 250 * math.log(seconds / low) / math.log(high / low)
 
     for power, label in ((10, "1 KiB"), (20, "1 MiB"), (30, "1 GiB")):
         x, _ = at(2.0**power, low)
         drawing.line([(x, 30), (x, 280)], opacity=0.2)
         drawing.text(x, 300, label)
-    for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1):
-        _, y = at(sizes[0], 10.0**power)
-        drawing.line([(70, y), (570, y)], opacity=0.2)
-        drawing.text(
-            62,
-            y + 4,
-            {-5: "10 µs", -4: "100 µs", -3: "1 ms", -2: "10 ms", -1: "100 ms", 0: "1 s"}[power],
-            "end",
-        )
-    for seconds, dash in zip(curves.values(), ("", "6 3", "2 3"), strict=True):
-        drawing.line([at(*point) for point in zip(sizes, seconds, strict=True)], dash)
-    for row, (name, dash) in enumerate(zip(curves, ("", "6 3", "2 3"), strict=True)):
-        drawing.line([(90, 44 + 20 * row), (120, 44 + 20 * row)], dash)
-        drawing.text(128, 48 + 20 * row, name, "start")
-    drawing.text(320, 322, "bytes of the array")
+    for power, label in enumerate(("10 µs", "100 µs", "1 ms", "10 ms", "100 ms", "1 s"), -5):
+        x, y = at(sizes[0], 10.0**power)
+        if 30 <= y <= 280:
+            drawing.line([(x, y), (434, y)], opacity=0.2)
+            drawing.text(58, y + 4, label, "end")
+    for row, ((name, curve), dash) in enumerate(
+        zip(curves.items(), ("", "6 3", "2 3"), strict=True)
+    ):
+        drawing.line([at(*point) for point in zip(sizes, curve, strict=True)], dash)
+        drawing.line([(84, 44 + 20 * row), (114, 44 + 20 * row)], dash)
+        drawing.text(122, 48 + 20 * row, name, "start")
+    drawing.text(250, 322, "bytes of the array")
     return drawing
 
 
@@ -186,17 +180,16 @@ def speed_up() -> Drawing:
         if "all cores, no synchronization" in seconds:
             best = alone / seconds["all cores, no synchronization"]
             rows.append((result["program"], alone / seconds["dvkernels"], best))
-    drawing = Drawing(560, 34 * len(rows) + 40)
-    scale = 330 / max(max(row[1:]) for row in rows)
+    drawing = Drawing(460, 34 * len(rows) + 40)
+    scale = 300 / max(max(row[1:]) for row in rows)
     for k, (program, ours, best) in enumerate(rows):
         y = 10 + 34 * k
-        drawing.text(150, y + 17, program, "end")
-        drawing.box(160, y, scale * ours, 24, "", 0.6)
-        drawing.line([(160 + scale * best, y - 3), (160 + scale * best, y + 27)])
-        drawing.text(166, y + 17, f"{ours:.2f}", "start", 12)
-    drawing.text(
-        160, 34 * len(rows) + 28, "times one thread; the line: what the cores can gain", "start", 12
-    )
+        drawing.text(130, y + 17, program, "end")
+        drawing.box(140, y, scale * ours, 24, "", 0.3)
+        drawing.line([(140 + scale * best, y - 3), (140 + scale * best, y + 27)])
+        drawing.text(148, y + 17, f"{ours:.2f}", "start")
+    label = "times one thread; the line: what the cores can gain"
+    drawing.text(4, 34 * len(rows) + 30, label, "start")
     return drawing
 
 

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.parse
 from pathlib import Path
 
 import public_names
@@ -116,6 +117,23 @@ def test_code_is_coloured_and_outputs_are_shown(site):
     assert "gallery/bootstrap.html" in page_of(site, "dvkernels.MirroredStrategy")
 
 
+def test_types_lead_to_their_pages_here_and_elsewhere(site):
+    page = page_of(site, "dvkernels.MirroredStrategy")
+    assert 'href="https://docs.python.org/3/library/functions.html#int"' in page
+    assert 'href="dvkernels.Device.html#dvkernels.Device"' in page
+    page = page_of(site, "dvkernels.kernels.all_gather")
+    assert 'href="https://docs.python.org/3/glossary.html#term-sequence"' in page
+
+
+def test_the_version_switcher_of_every_page_leads_to_that_page(site):
+    for path, page in pages(site).items():
+        (listed,) = re.findall(r"theme_switcher_json_url = 'data:application/json,(.*?)'", page)
+        for entry in json.loads(urllib.parse.unquote(listed)):
+            # The theme appends the path of the page from the root of the pages.
+            to = os.path.normpath(os.path.join(os.path.dirname(path), entry["url"] + path))
+            assert to == path
+
+
 WIDTHS = """<!doctype html><body><pre id="found">waiting</pre><script>
 const pages = PAGES, found = {};
 const frame = document.createElement("iframe");
@@ -131,8 +149,10 @@ frame.onload = () => {
 </script>"""
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    harness = b""
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    """Serve the pages, and one that measures them."""
+
+    widths = b""
 
     def do_GET(self):
         if self.path != "/widths":
@@ -140,32 +160,50 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.end_headers()
-        self.wfile.write(self.harness)
+        self.wfile.write(self.widths)
         return None
 
     def log_message(self, *_):
         pass
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
-def test_no_page_is_wider_than_a_phone(site, tmp_path):
-    names = sorted(pages(site))
-    page = WIDTHS.replace("PAGES", json.dumps(names)).replace("PHONE", str(PHONE))
-    handler = type("Handler", (_Quiet,), {"harness": page.encode()})
+@pytest.fixture(scope="module")
+def visit(site, tmp_path_factory):
+    """Return a function that opens a page in Chromium, and returns its elements as text."""
+    if not CHROMIUM:
+        pytest.skip("Chromium is not installed")
+    text = WIDTHS.replace("PAGES", json.dumps(sorted(pages(site)))).replace("PHONE", str(PHONE))
+    handler = type("Handler", (_Handler,), {"widths": text.encode()})
+    folder = tmp_path_factory.mktemp("chromium")
     with http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(handler, directory=str(site))
     ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        ran = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-             "--virtual-time-budget=600000", f"--user-data-dir={tmp_path}",
-             f"http://127.0.0.1:{server.server_port}/widths"],
-            capture_output=True, text=True, timeout=200, check=False,
-        )  # fmt: skip
+
+        def opened(path: str) -> str:
+            url = path if "://" in path else f"http://127.0.0.1:{server.server_port}/{path}"
+            flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+            flags += ["--virtual-time-budget=600000", f"--user-data-dir={folder}"]
+            ran = subprocess.run(
+                [CHROMIUM, *flags, url], capture_output=True, text=True, timeout=200, check=False
+            )
+            return ran.stdout
+
+        yield opened
         server.shutdown()
-    found = re.search(r'<pre id="found">(.*?)</pre>', ran.stdout, re.DOTALL)
-    assert found, ran.stderr[-2000:]
+
+
+@pytest.mark.browser
+def test_no_page_is_wider_than_a_phone(visit, site):
+    found = re.search(r'<pre id="found">(.*?)</pre>', visit("widths"), re.DOTALL)
     widths = json.loads(html.unescape(found[1]))
-    assert widths.keys() == {*names}
+    assert widths.keys() == {*pages(site)}
     assert {name: width for name, width in widths.items() if width > PHONE} == {}
+
+
+@pytest.mark.browser
+def test_the_search_finds_names_also_without_a_server(visit, site):
+    for start in ("", f"{site.resolve().as_uri()}/"):
+        found = visit(f"{start}search.html?q=all_reduce")
+        results = re.findall(r'<li class="[^"]*"><a href="([^"]*)"', found)
+        assert any("dvkernels.kernels.all_reduce.html" in each for each in results[:3]), results

@@ -1,7 +1,8 @@
 """The documentation's code blocks and doctests run, its links resolve, CI runs its test command.
 
 The code blocks of a page run in order, in one namespace, in a process of their own, in an empty
-folder. A block that cannot run has ``<!-- not run: reason -->`` in the line above it.
+folder. A block that cannot run has ``<!-- not run: reason -->`` in the line above it. A block of
+text that follows one, without words between, is what that one prints.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import fork_server
@@ -39,6 +40,7 @@ class Block:
     line: int
     text: str
     is_run: bool
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,17 @@ def _read(page: Path) -> Iterator[Block | Line]:
 
 
 def _code_blocks(page: Path) -> list[Block]:
-    return [
-        item
-        for item in _read(page)
-        if isinstance(item, Block) and item.language in ("python", "py", "pycon", "doctest")
-    ]
+    blocks: list[Block] = []
+    is_next = False
+    for item in _read(page):
+        if isinstance(item, Line):
+            is_next = is_next and not item.text.strip()
+        elif is_next and item.language == "text":
+            blocks[-1] = replace(blocks[-1], output=item.text)
+            is_next = False
+        elif is_next := item.language in ("python", "py", "pycon", "doctest"):
+            blocks.append(item)
+    return blocks
 
 
 def _page_name(page: Path) -> str:
@@ -88,7 +96,7 @@ def _page_name(page: Path) -> str:
 
 # Runs in the child: argv[1] is the page, standard input the blocks.
 RUN_BLOCKS = f"""
-import doctest, json, sys, types, warnings
+import contextlib, doctest, io, json, sys, types, warnings
 
 warnings.simplefilter("error")
 page, blocks = sys.argv[1], json.load(sys.stdin)
@@ -104,7 +112,12 @@ for block in blocks:
         if runner.failures:
             sys.exit(f"{{page}}, line {{line}}: the block prints something else")
     else:
-        exec(compile("\\n" * (line - 1) + text, page, "exec"), module.__dict__)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile("\\n" * (line - 1) + text, page, "exec"), module.__dict__)
+        want, got = block["output"], printed.getvalue()
+        checker = doctest.OutputChecker()
+        if want is not None and not checker.check_output(want, got, {DOCTEST_OPTIONS}):
+            sys.exit(f"{{page}}, line {{line}}: the block prints\\n{{got}}")
 """
 
 
@@ -120,6 +133,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
 # Where modules with doctests lie, and the folder from which they are imported.
 MODULES = {
     ROOT / "dvkernels": ROOT,
+    ROOT / "docs" / "_extensions": ROOT / "docs" / "_extensions",
     ROOT / "tests" / "doubles": ROOT / "tests" / "doubles",
     ROOT / "tests" / "model_checker": ROOT / "tests",
     ROOT / "asv_benchmarks" / "peers": ROOT / "asv_benchmarks",
