@@ -32,7 +32,7 @@ __all__ = [
     "WorkerLostError",
 ]
 
-#: Exit status of a process that was preempted and has saved.
+#: Exit status of a process that was preempted and has saved: ``sys.exit(dv.errors.PREEMPTED)``.
 PREEMPTED = 42
 
 

@@ -111,9 +111,16 @@ def test_code_is_coloured_and_outputs_are_shown(site):
     page = (site / "tutorials" / "one-process-to-four.html").read_text("utf-8")
     assert '<span class="kn">import</span>' in page
     assert re.search(r"cell_output", page)
-    gallery = (site / "gallery" / "bootstrap.html").read_text("utf-8")
-    assert "95 % interval" in gallery
-    assert "sphx_glr_bootstrap_001" in gallery
+
+
+def test_every_example_is_in_the_gallery_with_what_it_prints_and_its_plot(site):
+    for example in (ROOT / "examples").glob("*.py"):
+        page = (site / "gallery" / f"{example.stem}.html").read_text("utf-8")
+        assert f"{example.stem}.ipynb" in page, "it can be downloaded as a notebook"
+        if "Not run for this page" not in page:
+            assert "sphx-glr-script-out" in page, example.name
+            has_plot = (ROOT / "docs" / "plots" / example.name).exists()
+            assert (f"sphx_glr_{example.stem}_001" in page) == has_plot, example.name
     assert "gallery/bootstrap.html" in page_of(site, "dvkernels.MirroredStrategy")
 
 
