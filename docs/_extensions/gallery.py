@@ -53,6 +53,8 @@ def configuration(examples: Path, docs: Path) -> dict[str, Any]:
 
 
 _HEAD = """\
+.. _gallery:
+
 Examples
 ========
 

@@ -35,6 +35,7 @@ sequence std:term glossary.html#term-$
 """
 _NUMPY = """
 numpy.ndarray py:class reference/generated/numpy.ndarray.html#$
+array_like std:term glossary.html#term-$
 numpy.dtype py:class reference/generated/numpy.dtype.html#$
 """
 _NUMBA = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import types
 from typing import Any
 
@@ -34,7 +35,8 @@ def public_names() -> dict[str, Any]:
 
 def _module(name: str) -> Any:
     if name == "partitioners":
-        return dv.partitioners
+        # An attribute of the package; Sphinx imports what it documents.
+        return sys.modules.setdefault("dvkernels.partitioners", dv.partitioners)
     return importlib.import_module(f"dvkernels.{name}")
 
 

@@ -48,8 +48,8 @@ def site(tmp_path_factory) -> Path:
 
 
 def pages(site: Path) -> dict[str, str]:
-    found = site.rglob("*.html")
-    return {page.relative_to(site).as_posix(): page.read_text("utf-8") for page in found}
+    found = {page.relative_to(site).as_posix(): page for page in site.rglob("*.html")}
+    return {path: found[path].read_text("utf-8") for path in found if path[0] != "_"}
 
 
 def article(page: str) -> str:
@@ -145,14 +145,14 @@ WIDTHS = """<!doctype html><body><pre id="found">waiting</pre><script>
 const pages = PAGES, found = {};
 const frame = document.createElement("iframe");
 frame.style = "width: PHONEpx; height: 800px; border: 0";
-document.body.append(frame);
 let next = 0;
 frame.onload = () => {
-  const page = frame.contentDocument.scrollingElement;
-  if (next > 0) found[pages[next - 1]] = page.scrollWidth;
-  if (next < pages.length) frame.src = "/" + pages[next++];
+  found[pages[next++]] = frame.contentDocument.scrollingElement.scrollWidth;
+  if (next < pages.length) frame.src = "/" + pages[next];
   else document.getElementById("found").textContent = JSON.stringify(found);
 };
+frame.src = "/" + pages[0];
+document.body.append(frame);
 </script>"""
 
 

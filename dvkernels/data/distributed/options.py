@@ -44,7 +44,7 @@ class InputOptions:
         takes its rows of each global batch. ``"file"``: each reads files of its own. ``"auto"``:
         by files where the dataset allows it, its files are sequential and no remainder is dropped,
         else by rows. ``"off"``: each worker reads everything. See
-        :class:`dvkernels.data.distributed.dataset.DistributedDataset`.
+        :class:`~dvkernels.data.distributed.dataset.DistributedDataset`.
     prefetch_to_device : bool
         Copy the parts of batches to the GPUs of their replicas, through page-locked memory, while
         the GPUs still compute; else the parts stay NumPy arrays. CPU replicas need no copy.
