@@ -34,6 +34,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "figures",
     "project_tables",
+    "references",
     "versions",
 ]
 exclude_patterns = [
@@ -63,6 +64,7 @@ autosummary_generate = True
 autosummary_context = {
     "title": public_names.title,
     "documented_elsewhere": public_names.documented_elsewhere,
+    "slots": public_names.slots,
     "first_public_base": public_names.first_public_base,
 }
 numpydoc_show_class_members = False
@@ -76,6 +78,7 @@ numpydoc_validation_exclude = {
     # It takes its parameters in __new__.
     r"\.ReduceOp$",
 }
+toc_object_entries_show_parents = "hide"
 maximum_signature_line_length = 60
 
 intersphinx_mapping = inventories.mapping(DOCS / "_inventories")

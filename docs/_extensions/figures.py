@@ -180,7 +180,7 @@ def speed_up() -> Drawing:
         if "all cores, no synchronization" in seconds:
             best = alone / seconds["all cores, no synchronization"]
             rows.append((result["program"], alone / seconds["dvkernels"], best))
-    drawing = Drawing(460, 34 * len(rows) + 40)
+    drawing = Drawing(460, 34 * len(rows) + 10)
     scale = 300 / max(max(row[1:]) for row in rows)
     for k, (program, ours, best) in enumerate(rows):
         y = 10 + 34 * k
@@ -188,8 +188,6 @@ def speed_up() -> Drawing:
         drawing.box(140, y, scale * ours, 24, "", 0.3)
         drawing.line([(140 + scale * best, y - 3), (140 + scale * best, y + 27)])
         drawing.text(148, y + 17, f"{ours:.2f}", "start")
-    label = "times one thread; the line: what the cores can gain"
-    drawing.text(4, 34 * len(rows) + 30, label, "start")
     return drawing
 
 

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 # Examples that need what a machine without a GPU or an MPI lacks are shown and not run.
 _OPTIONAL = {"cupy", "jax", "mpi4py", "torch"}
 
@@ -24,6 +26,7 @@ def configuration(examples: Path, docs: Path) -> dict[str, Any]:
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir()
     (source / "README.rst").write_text(_HEAD)
+    _draw_prompt(source / "prompt.png")
     run = []
     for path in sorted(examples.glob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -39,6 +42,7 @@ def configuration(examples: Path, docs: Path) -> dict[str, Any]:
         "gallery_dirs": "gallery",
         "filename_pattern": "/(" + "|".join(map(re.escape, run)) + ")$",
         "within_subsection_order": "FileNameSortKey",
+        "default_thumb_file": str(source / "prompt.png"),
         "backreferences_dir": "gallery/backreferences",
         "doc_module": ("dvkernels",),
         "inspect_global_variables": True,
@@ -67,10 +71,19 @@ def with_title(text: str, note: str = "") -> str:
     """Return an example whose docstring begins with a title."""
     tree = ast.parse(text)
     docstring, first = ast.get_docstring(tree), tree.body[0]
-    heading = docstring.partition(":")[0].partition("\n")[0]
+    heading = re.split(r"[:,\n]| over ", docstring)[0].rstrip(".")
     code = text.splitlines()[first.end_lineno :]
     head = f'"""\n{heading}\n{"=" * len(heading)}\n\n{docstring}\n\n{note}'.rstrip()
     return "\n".join([head, "", '"""', *code]) + "\n"
+
+
+def _draw_prompt(path: Path) -> None:
+    """Draw the small picture of the examples without a plot."""
+    figure = Figure(figsize=(4, 2.8))
+    figure.text(
+        0.5, 0.5, ">>>", size=64, color="gray", family="monospace", ha="center", va="center"
+    )
+    figure.savefig(path)
 
 
 def _missing(text: str) -> set[str]:

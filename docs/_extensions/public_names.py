@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import types
 from typing import Any
@@ -57,6 +58,17 @@ def documented_elsewhere(fullname: str) -> str:
     builtin = {"object", "Enum", "tuple", "Exception", "Protocol", "Generic"}
     own = getattr(names.get(fullname), "__name__", "")
     return ", ".join(sorted((bases | builtin) - {own}))
+
+
+def slots(fullname: str) -> str:
+    """Return the names of slots, which have no docstrings: a base class documents them.
+
+    >>> slots("dvkernels.PerReplica")
+    'devices, owner, values'
+    """
+    owner = public_names().get(fullname)
+    names = [name for name in dir(owner) if name[0] != "_"]
+    return ", ".join(n for n in names if inspect.ismemberdescriptor(getattr(owner, n, None)))
 
 
 def first_public_base(fullname: str) -> str:

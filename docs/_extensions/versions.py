@@ -15,12 +15,11 @@ from urllib.parse import quote
 def page_list(pagename: str, version: str) -> str:
     """Return the list of this version alone as a URL that holds it.
 
-    >>> page_list("reference/values", "0.1.0")[:60]
-    'data:application/json,%5B%7B%22name%22%3A%20%220.1.0%20%28de'
+    >>> page_list("reference/values", "0.1.0")[:50]
+    'data:application/json,%5B%7B%22version%22%3A%20%22'
     """
     root = "../" * pagename.count("/") or "./"
-    name = f"{version} (development)"
-    entries = [{"name": name, "version": version, "url": root, "preferred": True}]
+    entries = [{"version": version, "url": root, "preferred": True}]
     return "data:application/json," + quote(json.dumps(entries), safe="")
 
 

@@ -132,6 +132,12 @@ def test_types_lead_to_their_pages_here_and_elsewhere(site):
     assert 'href="https://docs.python.org/3/glossary.html#term-sequence"' in page
 
 
+def test_every_reference_is_a_link(site):
+    xref = re.compile(r'(<a [^>]*>)?<code class="xref [^"]*"><span class="pre">(.*?)</span></code>')
+    for path, page in pages(site).items():
+        assert [name for link, name in xref.findall(page) if not link] == [], path
+
+
 def test_the_version_switcher_of_every_page_leads_to_that_page(site):
     for path, page in pages(site).items():
         (listed,) = re.findall(r"theme_switcher_json_url = 'data:application/json,(.*?)'", page)
