@@ -7,6 +7,7 @@ ended, and a claim decides who runs or cancels it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -45,12 +46,14 @@ class ClosureQueue:
     def __init__(self, name: str, timeout_seconds: float, bound: int = MOST_QUEUED) -> None:
         self.name = name
         self.bound = bound
-        self.running: dict[int, tuple[Closure, float, int]] = {}  # by worker: since when, thread
+        # By worker: since when, on which thread, and in which other process.
+        self.running: dict[int, tuple[Closure, float, int, str]] = {}
         self.why_closed = ""
         self.pid = os.getpid()
         self._timeout_seconds = timeout_seconds
         self._open: deque[Closure] = deque()  # scheduled, perhaps not ended
         self._queue: queue.SimpleQueue[Closure | None] = queue.SimpleQueue()
+        self._returned: deque[Closure] = deque()  # by workers that are lost
         self._failed: deque[tuple[Closure, BaseException]] = deque()
         self._last_end = 0.0  # of a closure
 
@@ -156,9 +159,9 @@ class ClosureQueue:
         """Describe the closures that run: on which worker, since when, and at which line."""
         frames, now = thread_frames.current_frames(), time.monotonic()
         lines = [
-            f"worker {worker} has been running {closure} for {now - began:.1f} s, at "
-            f"{diagnostics.user_line(frames.get(ident))}"
-            for worker, (closure, began, ident) in sorted(self.running.copy().items())
+            f"worker {worker} has been running {closure} for {now - began:.1f} s, "
+            f"{place or 'at ' + diagnostics.user_line(frames.get(ident))}"
+            for worker, (closure, began, ident, place) in sorted(self.running.copy().items())
         ]
         return "; ".join(lines) or "no worker is running one"
 
@@ -166,6 +169,9 @@ class ClosureQueue:
 
     def take(self, seconds: float) -> Closure | None:
         """Take a closure to run it; None if there is none for so long, or the queue is closed."""
+        if self._returned:
+            with contextlib.suppress(IndexError):  # another worker took it
+                return self._returned.popleft()
         try:
             closure = self._queue.get(True, seconds)
         except queue.Empty:
@@ -179,9 +185,9 @@ class ClosureQueue:
         self._cancel(closure, *failed)  # it was scheduled while that one failed
         return None
 
-    def begin(self, worker: int, closure: Closure) -> None:
-        """Record that a worker runs a closure, on this thread."""
-        self.running[worker] = closure, time.monotonic(), threading.get_ident()
+    def begin(self, worker: int, closure: Closure, place: str) -> None:
+        """Record that a worker runs a closure, on this thread or in another process."""
+        self.running[worker] = closure, time.monotonic(), threading.get_ident(), place
 
     def finish(self, worker: int, closure: Closure, result: Any) -> None:
         """End a closure with its result."""
@@ -205,6 +211,22 @@ class ClosureQueue:
     def _cancel(self, closure: Closure, failed: Closure, error: BaseException) -> None:
         text = f"{closure} was cancelled: {failed}, scheduled before it, raised {describe(error)}"
         closure.end(None, CallCancelledError(f"{text}; schedule it again"))
+
+    def put_back(self, worker: int, closure: Closure) -> None:
+        """Return a closure whose worker is lost, for another one to run."""
+        self.running.pop(worker, None)
+        self._returned.append(closure)
+        self.wake()
+
+    def leave(self, worker: int, workers: set[int], error: BaseException) -> None:
+        """Record that a worker takes no more closures; the last one ends those that are left."""
+        workers.discard(worker)
+        if workers:
+            return
+        while self._returned:
+            with contextlib.suppress(IndexError):
+                self.fail(worker, self._returned.popleft(), error)
+        self.close("all its workers are lost", 0)
 
     # -- the end ----------------------------------------------------------------------------------
 

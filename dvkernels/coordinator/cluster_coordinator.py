@@ -15,10 +15,12 @@ from dvkernels.context import Frame
 from dvkernels.coordinator.closure import Closure, RemoteValue
 from dvkernels.coordinator.closure_queue import ClosureQueue
 from dvkernels.coordinator.per_worker import PerWorkerDataset, PerWorkerIterator
+from dvkernels.coordinator.remote_worker import RemoteWorker, encoded
 from dvkernels.coordinator.worker_thread import WorkerThread
 from dvkernels.errors import ClusterError, CollectiveTimeoutError, ContextError, DatasetError
 from dvkernels.replicas.thread_limits import ThreadLimit
-from dvkernels.strategies.parameter_server import ParameterServerStrategy, current_call
+from dvkernels.strategies.current_call import current_call
+from dvkernels.strategies.parameter_server import ParameterServerStrategy
 from dvkernels.threads import stoppable_thread
 from dvkernels.values import function_checks
 from dvkernels.values.process_bound import ProcessBound
@@ -95,8 +97,18 @@ class ClusterCoordinator(ProcessBound):
         count = strategy.num_workers
         owner = weakref.ref(made, lambda _: closures.close("its coordinator was dropped", count))
         frame = Frame(placement, strategy, merging=True)
+        processes, living = strategy.processes, {*range(count)}
         made._workers = [
-            WorkerThread(number, closures, frame, owner, share) for number in range(count)
+            WorkerThread(
+                number,
+                closures,
+                frame,
+                owner,
+                share,
+                None if processes is None else RemoteWorker(processes, number),
+                living,
+            )
+            for number in range(count)
         ]
         stoppable_thread.start_all([worker.new_thread() for worker in made._workers])
         strategy.adopt(made)
@@ -172,6 +184,11 @@ class ClusterCoordinator(ProcessBound):
             has_workers_values,
             contextvars.copy_context(),
         )
+        if self._strategy.processes is not None:
+            closure.sent = encoded(
+                self._strategy.processes, closure.number, closure.once, fn, args, named
+            )
+            closure.args, closure.kwargs = (), {}
         self._closures.put(closure)
         generators = self._strategy.generators  # on which the draws of a resumed program go on
         generators.num_done = max(generators.num_done, closure.number + 1)

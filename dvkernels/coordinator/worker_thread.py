@@ -12,10 +12,11 @@ from dvkernels.context import Frame
 from dvkernels.coordinator.closure import Closure
 from dvkernels.coordinator.closure_queue import ClosureQueue
 from dvkernels.coordinator.per_worker import PerWorkerIterator
+from dvkernels.coordinator.remote_worker import RemoteWorker
 from dvkernels.errors import WorkerLostError
 from dvkernels.profiler import tracing
 from dvkernels.replicas import thread_limits
-from dvkernels.strategies.parameter_server import current_call
+from dvkernels.strategies.current_call import current_call
 from dvkernels.threads import stoppable_thread
 from dvkernels.threads.stoppable_thread import StoppableThread
 from dvkernels.threads.thread import Latch
@@ -45,6 +46,10 @@ class WorkerThread:
         Returns the coordinator while it exists.
     share : int, optional
         The threads of BLAS, OpenMP and Numba in a call.
+    remote : RemoteWorker, optional
+        The process that runs the closures, if it is not this one.
+    living : set of int
+        The workers of the coordinator that are not lost.
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class WorkerThread:
         frame: Frame,
         owner: Callable[[], Any],
         share: int | None,
+        remote: RemoteWorker | None,
+        living: set[int],
     ) -> None:
         self.number = number
         self.threads: list[StoppableThread] = []  # the last one lives
@@ -61,6 +68,8 @@ class WorkerThread:
         self._frame = frame
         self._owner = owner
         self._share = share
+        self._remote = remote
+        self._living = living
         self._num_lowered = 0
         self._iterators: weakref.WeakKeyDictionary[PerWorkerIterator, Iterator[Any]]
         self._inherited: Closure | None = None  # of the thread before
@@ -81,13 +90,15 @@ class WorkerThread:
         try:
             while True:
                 if closure is None:
+                    if self._remote is not None and self._remote.is_gone:
+                        return self._leave()
                     closure = closures.take(_IDLE_SECONDS)
                 if closure is not None:
                     if self._is_lost_by(closure):
                         return  # to the next thread
                     closure = None
                 elif closures.why_closed or stop.is_open or self._owner() is None:
-                    return
+                    return self._leave()
         except BaseException as error:  # no memory is left, or the program ends
             if closure is not None and not closure.done.is_open:
                 closures.fail(self.number, closure, error)
@@ -96,7 +107,7 @@ class WorkerThread:
     def _is_lost_by(self, closure: Closure) -> bool:
         """Run a closure to its end; return whether another thread does instead."""
         closures, number = self._closures, self.number
-        closures.begin(number, closure)
+        closures.begin(number, closure, "" if self._remote is None else self._remote.place)
         share = self._share
         if share is not None and self._num_lowered < len(thread_limits.settings):
             self._num_lowered = thread_limits.lower(share, self._num_lowered)
@@ -107,8 +118,12 @@ class WorkerThread:
             result = closure.variables.copy().run(self._call, closure)
         except BaseException as error:
             is_lost = isinstance(error, WorkerLostError) and closure.runs < MOST_RUNS
-            if is_lost and self._is_replaced(closure):
+            if is_lost and self._remote is None and self._is_replaced(closure):
                 return True
+            # Without its server no worker can run it.
+            if is_lost and self._remote is not None and not self._remote.why_servers_lost:
+                closures.put_back(number, closure)
+                return False
             user_errors.annotate(error, f"raised by {closure}, on worker {number}")
             closures.fail(number, closure, error)
         else:
@@ -120,6 +135,8 @@ class WorkerThread:
 
     def _call(self, closure: Closure) -> Any:
         """Call the function, in the context of the strategy and of this worker."""
+        if self._remote is not None:
+            return self._remote.call(closure)
         context.enter(self._frame)
         current_call.set((self.number, closure.number))
         args, kwargs = closure.args, closure.kwargs
@@ -142,6 +159,13 @@ class WorkerThread:
         if found is None:
             found = self._iterators[value] = value.of_worker(self.number)
         return found
+
+    def _leave(self) -> None:
+        """Take no more closures."""
+        if self._remote is None:
+            return
+        lost = WorkerLostError(f"all workers of {self._closures.name} are lost")
+        self._closures.leave(self.number, self._living, lost)
 
     def _is_replaced(self, closure: Closure | None = None) -> bool:
         """Start another thread, which runs this closure again; return whether it has started."""

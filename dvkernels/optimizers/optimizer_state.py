@@ -23,6 +23,12 @@ class OptimizerState(abc.ABC):
     def __init__(self) -> None:
         self._iterations = 0
         self._slots = Slots()
+        self.is_at_servers = False  # its slots and step counts are in other processes
+
+    def settings(self) -> dict[str, Any]:
+        """Return the attributes that are no state: another optimizer with them does the same."""
+        state = ("_iterations", "_slots", "is_at_servers")
+        return {name: value for name, value in vars(self).items() if name not in state}
 
     @property
     @abc.abstractmethod
@@ -44,7 +50,15 @@ class OptimizerState(abc.ABC):
         """Return the step count of a variable, an int64 array of shape ()."""
         return self._state_of("steps", variable).steps
 
+    def _check_here(self, verb: str) -> None:
+        if self.is_at_servers:
+            raise ContextError(
+                f"{verb} of a {type(self).__name__} whose variables lie in server processes: its "
+                f"slots are there too, and cannot be read yet; leave it out of the checkpoint"
+            )
+
     def _state_of(self, verb: str, variable: Variable) -> VariableState:
+        self._check_here(verb)
         if not isinstance(variable, Variable):
             raise TypeError(f"{verb} belong to variables; got {brief(variable)}")
         if not self._slots.has(variable):
@@ -63,6 +77,7 @@ class OptimizerState(abc.ABC):
     @property
     def slotted(self) -> tuple[Variable, ...]:
         """Variables that have taken steps, in the order of their first steps."""
+        self._check_here("slotted")
         return tuple(variable for variable, _ in self._slots.living())
 
     def __copy__(self) -> NoReturn:
@@ -92,6 +107,7 @@ class OptimizerState(abc.ABC):
         steps, its ``"name"``, ``"shape"``, ``"dtype"`` and ``"steps"``, and its ``"slots"``, an
         array by name. Arguments such as learning rate and momentum are not part of the state.
         """
+        self._check_here("state_dict")
         entries = [
             saved_state.make_entry(variable, int(state.steps), state.slots, self.slot_names)
             for variable, state in self._slots.living()
@@ -127,6 +143,7 @@ class OptimizerState(abc.ABC):
         unmatched variable of its shape and dtype under another name: then ``apply_gradients``
         raises ``ValueError``, since the two may be the same variable.
         """
+        self._check_here("load_state_dict")
         self._check_cross_replica("load_state_dict")
         iterations = saved_state.checked_progress(state, self.slot_names)
         entries = saved_state.checked_entries(state.get("variables"), self.slot_names)
@@ -139,12 +156,14 @@ class OptimizerState(abc.ABC):
 
     def progress(self) -> dict[str, Any]:
         """Return the state that a checkpoint saves besides the slots and steps of variables."""
+        self._check_here("progress")
         pending = copy.deepcopy(self._slots.pending)
         state = {"iterations": self._iterations, "slot_names": list(self.slot_names)}
         return {**state, "pending": pending} if pending else state
 
     def set_progress(self, state: Any) -> None:
         """Load a state that :meth:`progress` returned; raise ValueError for anything else."""
+        self._check_here("set_progress")
         iterations = saved_state.checked_progress(state, self.slot_names)
         self._slots.pending = saved_state.checked_entries(state.get("pending", []), self.slot_names)
         self._iterations = iterations

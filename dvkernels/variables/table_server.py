@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
 from dvkernels import deadlines
 from dvkernels.errors import CollectiveTimeoutError
@@ -16,6 +16,18 @@ __all__: list[str] = []
 T = TypeVar("T")
 
 SERVED = "served"  # the mode of a variable that has a server
+
+
+class Server(Protocol):
+    """Server of one variable's rows, in this process or in others."""
+
+    shards: tuple[range, ...]
+
+    def ask(self, what: str, request: Callable[..., T], copies: Any, *arrays: Any) -> T:
+        """Return what the server answers to a request; ``what`` is for messages."""
+
+    def apply(self, what: str, request: Callable[..., None], copies: Any, *arrays: Any) -> None:
+        """Carry out a request that writes; in a call whose writes count once, when it returns."""
 
 
 @final
@@ -59,15 +71,34 @@ class TableServer:
 
     def apply(self, what: str, request: Callable[..., None], copies: Any, *arrays: Any) -> None:
         """Carry out a request that writes; in a call whose writes count once, when it returns."""
-        pending = pending_writes.get()
-        if pending is None:
+        if not postpone(self, what, request, copies, *arrays):
             self.ask(what, request, copies, *arrays)
-        else:  # the call may use its arrays again
-            pending.append((self, what, request, copies, *copy.deepcopy(arrays)))
 
 
 PendingWrites = list[tuple[Any, ...]]
 pending_writes: ContextVar[PendingWrites | None] = ContextVar("dvkernels_writes", default=None)
+
+
+def postpone(server: Server, what: str, request: Any, copies: Any, *arrays: Any) -> bool:
+    """Keep a write for the end of a call whose writes count once; return whether this is one."""
+    pending = pending_writes.get()
+    if pending is None:
+        return False
+    pending.append((server, what, request, copies, *copy.deepcopy(arrays)))  # it may use them again
+    return True
+
+
+def apply_together(writes: PendingWrites) -> None:
+    """Apply writes, ``(server, what, request, copies, *arrays)``, of several variables.
+
+    Servers in other processes get one message each.
+    """
+    together = getattr(writes[0][0], "apply_together", None)
+    if together is not None:
+        together(writes)
+        return
+    for server, *request in writes:
+        server.apply(*request)
 
 
 def apply_pending(writes: PendingWrites) -> None:

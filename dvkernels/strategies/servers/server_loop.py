@@ -1,0 +1,87 @@
+"""Server loop: answers the requests of all processes for its rows, one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dvkernels.communicators.workers import wait
+from dvkernels.communicators.workers.message_channel import MessageChannel
+from dvkernels.errors import WorkerLostError
+from dvkernels.strategies.servers import message
+from dvkernels.strategies.servers.job_objects import ServerObjects
+from dvkernels.user_errors import describe
+from dvkernels.values.placement import Placement
+from dvkernels.variables.copies import Copies
+from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
+from dvkernels.variables.variable import new_variable, storage_of
+
+__all__: list[str] = []
+
+CREATE = "create"  # instead of a function
+
+
+class CoordinatorHasLeft(Exception):
+    """The job is over."""
+
+
+def check_coordinator(channel: MessageChannel) -> None:
+    """Raise if the coordinator has left, or is lost."""
+    why, is_in_order = channel.why_gone()
+    if is_in_order:
+        raise CoordinatorHasLeft(why)
+    if why:
+        raise WorkerLostError(f"the coordinator is lost, and with it the job: {why}")
+
+
+def serve(rank: int, channels: Sequence[MessageChannel], placement: Placement) -> None:
+    """Answer requests until the coordinator, the first of the channels, leaves."""
+    objects = ServerObjects(rank)
+    open_channels = [*channels]
+
+    def answer_all() -> bool:
+        has_answered = False
+        for channel in open_channels:
+            channel.flush()
+            asked = channel.receive()
+            if asked is not None:
+                channel.post(_answer(objects, placement, asked))
+                has_answered = True
+        return has_answered
+
+    def check(_: float) -> None:
+        check_coordinator(channels[0])
+
+    try:
+        while True:
+            wait.until(answer_all, wait.MESSAGE, math.inf, check)
+    except CoordinatorHasLeft:
+        return
+
+
+def _answer(objects: ServerObjects, placement: Placement, asked: Any) -> list[memoryview]:
+    """Carry out the requests of a message, in order, up to the first that fails."""
+    number, error = message.number_of(asked), None
+    results: list[Any] = []
+    try:
+        dropped, listed = message.decode(asked, objects)
+        for key in dropped:
+            objects.variables.pop(key, None)
+        for _what, request, key, *arguments in listed:
+            if request == CREATE:
+                results.append(_create(objects, placement, key, *arguments))
+            else:
+                results.append(request(storage_of(objects.variables[key]), *arguments))
+    except Exception as raised:
+        error = raised
+    try:
+        return message.encode((error, results), objects, number)
+    except Exception as raised:  # an error that cannot be sent
+        text = f"a server raised {describe(error or raised)}"
+        return message.encode((RuntimeError(text), []), objects, number)
+
+
+def _create(objects: ServerObjects, placement: Placement, key: int, name: str, rows: Any) -> None:
+    when, how = VariableSynchronization.ON_WRITE, VariableAggregation.NONE
+    objects.variables[key] = new_variable(Copies([rows], placement, name, when, how), True)
