@@ -18,7 +18,7 @@ from dvkernels.threads import shielded
 __all__: list[str] = []
 
 
-class _Server:
+class _ServerLink:
     """Server as a client sees it."""
 
     def __init__(self, channel: MessageChannel) -> None:
@@ -52,7 +52,7 @@ class ServerClient:
         timeout_seconds: float,
         is_interruptible: bool,
     ) -> None:
-        self.servers = {channel.peer: _Server(channel) for channel in channels}
+        self.servers = {channel.peer: _ServerLink(channel) for channel in channels}
         self._references = references
         self._timeout_seconds = timeout_seconds
         self._is_interruptible = is_interruptible
@@ -117,13 +117,13 @@ class ServerClient:
                 answers[position] = result
         return answers
 
-    def _send(self, server: _Server, listed: list[tuple[Any, ...]]) -> None:
+    def _send(self, server: _ServerLink, listed: list[tuple[Any, ...]]) -> None:
         server.num_asked += 1
         dropped = [server.dropped.popleft() for _ in range(len(server.dropped))]
         parts = message.encode((dropped, listed), self._references, server.num_asked)
         server.channel.post(parts)
 
-    def _outcome(self, what: str, server: _Server) -> tuple[BaseException | None, list[Any]]:
+    def _outcome(self, what: str, server: _ServerLink) -> tuple[BaseException | None, list[Any]]:
         while True:
             try:
                 came = server.channel.next(what, self._timeout_seconds)
@@ -145,7 +145,7 @@ class ServerClient:
             # else it is the late answer to a request that was given up
 
 
-def _description(server: _Server) -> str:
+def _description(server: _ServerLink) -> str:
     names = sorted(server.names.copy().values())
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     held = f"variables {', '.join(map(repr, names[:8]))}{more}" if names else "no variable"

@@ -99,7 +99,7 @@ class _Unpickler(pickle.Unpickler):
 def _pickler_class() -> Any:
     import cloudpickle  # when it is needed
 
-    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    class ReferencePickler(cloudpickle.Pickler):  # type: ignore[misc]
         def __init__(self, file: Any, references: References, keep: Any) -> None:
             super().__init__(file, protocol=5, buffer_callback=keep)
             self._references = references
@@ -107,7 +107,7 @@ def _pickler_class() -> Any:
         def persistent_id(self, each: Any) -> Any:
             return self._references.reference_of(each)
 
-    return Pickler
+    return ReferencePickler
 
 
 def _after(offset: int) -> int:
