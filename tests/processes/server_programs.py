@@ -187,6 +187,10 @@ def _results(strategy, coordinator, table) -> None:
     assert not weights[9].any()
     with pytest.raises(ContextError, match="leave it out of the checkpoint"):
         adagrad.state_dict()
+    before = weights.numpy()
+    with pytest.raises(ContextError, match="slot 'sum_of_squares' of variable"):
+        dv.optimizers.Adagrad(0.5).slots(weights)
+    np.testing.assert_array_equal(weights, before)
 
 
 def _errors(coordinator, table) -> None:
