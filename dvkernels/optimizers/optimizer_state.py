@@ -29,7 +29,7 @@ class OptimizerState(abc.ABC):
         """Return the attributes that are no state: another optimizer with them does the same."""
         if self._slots.pending:
             raise ContextError(
-                f"a loaded state of a {type(self).__name__} cannot be sent to server processes yet: "
+                f"a loaded state of a {type(self).__name__} cannot be sent to servers yet: "
                 f"load it where the variables lie in this process, or take a new optimizer"
             )
         state = ("_iterations", "_slots", "is_at_servers")
