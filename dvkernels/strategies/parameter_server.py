@@ -191,11 +191,13 @@ class ParameterServerStrategy(Strategy):
     def close(self) -> None:
         """End the workers, and the coordinator with them. Variables stay readable."""
         coordinator = self.coordinator()
-        if coordinator is not None:
-            coordinator.close()
-        super().close()
-        if self.processes is not None:
-            self.processes.close()
+        try:
+            if coordinator is not None:
+                coordinator.close()
+        finally:  # also if a call does not end
+            super().close()
+            if self.processes is not None:
+                self.processes.close()
 
 
 def _no_coordinator() -> None:

@@ -308,14 +308,14 @@ def coordinator_fails() -> None:
 
 
 def call_never_ends() -> None:
-    with make(1, timeout_seconds=0.5) as strategy:
-        coordinator = dv.ClusterCoordinator(strategy)
-        coordinator.schedule(time.sleep, (1000,))
-        with pytest.raises(CollectiveTimeoutError, match=r"worker 0 has been running.*in process"):
-            coordinator.join()
-        with pytest.raises(CollectiveTimeoutError):
-            coordinator.close()
-        os._exit(0)
+    strategy = make(1)
+    strategy.timeout_seconds = 0.5
+    coordinator = dv.ClusterCoordinator(strategy)
+    coordinator.schedule(time.sleep, (1000,))
+    with pytest.raises(CollectiveTimeoutError, match=r"worker 0 has been running.*in process"):
+        coordinator.join()
+    with pytest.raises(CollectiveTimeoutError):
+        strategy.close()
 
 
 if __name__ == "__main__":  # started by mpiexec

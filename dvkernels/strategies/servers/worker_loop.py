@@ -8,7 +8,6 @@ import os
 import pickle
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -32,9 +31,10 @@ _GRACE_SECONDS = 5.0  # for a call that runs when the coordinator goes
 
 def work(rank: int, coordinator: MessageChannel, frame: Frame, references: References) -> None:
     """Run calls until the coordinator leaves."""
-    watch = threading.Thread(target=_watch, args=(coordinator,), name="dvkernels-watch")
-    watch.daemon = True
-    watch.start()
+    has_ended = threading.Event()
+    threading.Thread(
+        target=_watch, args=(coordinator, has_ended), name="dvkernels-watch", daemon=True
+    ).start()
     came: HostArray | None = None
 
     def has_come() -> bool:
@@ -53,6 +53,8 @@ def work(rank: int, coordinator: MessageChannel, frame: Frame, references: Refer
             coordinator.post(_reply(rank, frame, references, came))
     except CoordinatorHasLeft:
         return
+    finally:
+        has_ended.set()
 
 
 def _reply(rank: int, frame: Frame, references: References, came: HostArray) -> list[memoryview]:
@@ -106,13 +108,11 @@ def _call(
     return result, asked
 
 
-def _watch(coordinator: MessageChannel) -> None:
+def _watch(coordinator: MessageChannel, has_ended: threading.Event) -> None:
     """End this process, if the coordinator is gone and a call that runs does not end."""
-    while True:
-        time.sleep(_LOOK_SECONDS)
+    while not has_ended.wait(_LOOK_SECONDS):
         why, is_in_order = coordinator.why_gone()
-        if why:
-            time.sleep(_GRACE_SECONDS)
+        if why and not has_ended.wait(_GRACE_SECONDS):
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None:
                     stream.flush()
