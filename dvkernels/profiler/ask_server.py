@@ -260,7 +260,7 @@ def _threads() -> Iterator[dict[str, Any]]:
 
 
 _servers: list[_AskServer] = []  # at most one
-_starting = threading.Lock()  # held by the one thread that looks after the server
+_starting = threading.RLock()  # held by the one thread that looks after the server
 _SECONDS_BETWEEN_TRIES = 1.0
 _tried_at = float("-inf")  # when the last server could not be started
 
@@ -273,11 +273,14 @@ def ensure_running() -> None:
     is_possible = hasattr(socket, "AF_UNIX") and hasattr(os, "getuid")
     if os.environ.get(VARIABLE) == "0" or not is_possible:
         return
-    if _starting.acquire(blocking=False):  # else another thread is at it
-        try:
+    try:
+        if _starting.acquire(blocking=False):  # else another thread is at it
             _start_unless_reachable()
-        finally:
+    finally:
+        try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
             _starting.release()
+        except RuntimeError:  # not acquired
+            pass
 
 
 def _start_unless_reachable() -> None:
@@ -298,7 +301,7 @@ def _start_unless_reachable() -> None:
 def _forget() -> None:
     """Close the parent's socket in a forked child, which has no thread for it."""
     global _starting
-    _starting = threading.Lock()  # a thread of the parent may have held it
+    _starting = threading.RLock()  # a thread of the parent may have held it
     for server in _servers:
         server.close()
     _servers.clear()

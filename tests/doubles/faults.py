@@ -77,7 +77,7 @@ class Faults:
         self._loses = loses
         self._counted = counted
         self._real = FileSystem()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection may close a file within an operation
         self._is_dead = False
         self._open: set[int] = set()
         # A duplicate descriptor of each file with unsynced content, since its path may change.
