@@ -98,6 +98,11 @@ class ClosureQueue:
         self._prune()
         return all(closure.done.is_open for closure in list(self._open))
 
+    @property
+    def num_queued(self) -> int:
+        """How many closures wait for a worker."""
+        return sum(closure.claim.is_free for closure in list(self._open)) + len(self._returned)
+
     def raise_error(self) -> None:
         """Raise the first error that has not come out, and cancel what was scheduled behind it."""
         if not self._failed:

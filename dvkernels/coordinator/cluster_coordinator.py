@@ -14,6 +14,7 @@ from dvkernels import context, pytree
 from dvkernels.context import Frame
 from dvkernels.coordinator.closure import Closure, RemoteValue
 from dvkernels.coordinator.closure_queue import ClosureQueue
+from dvkernels.coordinator.coordinator_stats import CoordinatorStats, servers_of
 from dvkernels.coordinator.per_worker import PerWorkerDataset, PerWorkerIterator
 from dvkernels.coordinator.remote_worker import RemoteWorker, encoded
 from dvkernels.coordinator.worker_thread import WorkerThread
@@ -72,6 +73,7 @@ class ClusterCoordinator(ProcessBound):
     _workers: list[WorkerThread]
     _limit: ThreadLimit | None
     _numbers: itertools.count[int]
+    _began: float
 
     def __new__(cls, strategy: ParameterServerStrategy) -> Self:
         """Return the coordinator of the strategy; make it if there is none."""
@@ -88,6 +90,7 @@ class ClusterCoordinator(ProcessBound):
         context.require_cross_replica(placement, "ClusterCoordinator")
         made = super().__new__(cls)
         made._strategy = strategy
+        made._began = time.monotonic()
         made._numbers = itertools.count(strategy.generators.num_done)
         closures = made._closures = ClosureQueue(placement.name, strategy.timeout_seconds)
         made._limit = ThreadLimit(strategy.num_workers) if strategy.shares_threads else None
@@ -257,6 +260,19 @@ class ClusterCoordinator(ProcessBound):
                 f"{type(dataset).__name__}, which is an iterator; pass a function that makes one"
             )
         return PerWorkerDataset(lambda: dataset)
+
+    def stats(self) -> CoordinatorStats:
+        """Return how many calls wait, run and have ended, and what the servers were asked."""
+        workers = self._workers
+        return CoordinatorStats(
+            time.monotonic() - self._began,
+            self._closures.num_queued,
+            len(self._closures.running),
+            sum(worker.num_returned for worker in workers),
+            sum(worker.num_failed for worker in workers),
+            sum(worker.num_repeated for worker in workers),
+            servers_of(self._strategy),
+        )
 
     def close(self) -> None:
         """Cancel the calls that have not begun, wait for the others, and end the workers.

@@ -11,6 +11,7 @@ from dvkernels import context, pytree, user_errors
 from dvkernels.context import Frame
 from dvkernels.coordinator.closure import Closure
 from dvkernels.coordinator.closure_queue import ClosureQueue
+from dvkernels.coordinator.coordinator_stats import counters
 from dvkernels.coordinator.per_worker import PerWorkerIterator
 from dvkernels.coordinator.remote_worker import RemoteWorker
 from dvkernels.errors import WorkerLostError
@@ -64,6 +65,7 @@ class WorkerThread:
     ) -> None:
         self.number = number
         self.threads: list[StoppableThread] = []  # the last one lives
+        self.num_returned = self.num_failed = self.num_repeated = 0  # runs
         self._closures = closures
         self._frame = frame
         self._owner = owner
@@ -119,18 +121,25 @@ class WorkerThread:
         except BaseException as error:
             is_lost = isinstance(error, WorkerLostError) and closure.runs < MOST_RUNS
             if is_lost and self._remote is None and self._is_replaced(closure):
+                self.num_repeated += 1
                 return True
             # Without its server no worker can run it.
             if is_lost and self._remote is not None and not self._remote.why_servers_lost:
+                self.num_repeated += 1
                 closures.put_back(number, closure)
                 return False
+            self.num_failed += 1
             user_errors.annotate(error, f"raised by {closure}, on worker {number}")
             closures.fail(number, closure, error)
         else:
+            self.num_returned += 1
             closures.finish(number, closure, result)
         if recording is not None:
             recording.name_lane(f"worker {number}")
             recording.add("call", "step", began, {"number": closure.number})
+            coordinator = self._owner()
+            if coordinator is not None:
+                recording.sample(lambda: counters(coordinator))
         return False
 
     def _call(self, closure: Closure) -> Any:

@@ -220,6 +220,13 @@ class Optimizer(OptimizerState):
         else:
             self._take_step([variable], [[gradient]], ReduceOp.MEAN, None)
 
+    def steps_at_server(self, variable: Variable, _: Any, steps: int | None) -> int:
+        """Return the step count of a variable, which is set first if a number is given."""
+        count = self._slots.states_of([variable], self.slot_names)[0].steps
+        if steps is not None:
+            count[...] = steps
+        return int(count)
+
     def _states_of(self, _: Any, variable: Variable) -> None:
         self._slots.states_of([variable], self.slot_names)
 

@@ -159,6 +159,7 @@ class ParameterServerStrategy(Strategy):
             name=f"ParameterServerStrategy({described})",
             deal_rows=functools.partial(partitioners.deal, variable_partitioner),
             make_copies=None if processes is None else processes.make_copies,
+            optimizer_states=None if processes is None else processes.states,
         )
         self.generators = CallGenerators(seed, count)
         self.num_workers = count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar, final
@@ -10,6 +11,7 @@ from typing import Any, Protocol, TypeVar, final
 from dvkernels import deadlines
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.replicas.step_lock import StepLock
+from dvkernels.variables.request_counts import RequestCounts
 
 __all__: list[str] = []
 
@@ -42,12 +44,15 @@ class TableServer:
     ----------
     shards : tuple of range
         The rows of each shard.
+    counts : RequestCounts
+        Of its requests.
     """
 
-    __slots__ = ("_turn", "shards")
+    __slots__ = ("_turn", "counts", "shards")
 
     def __init__(self, shards: Sequence[range]) -> None:
         self.shards = tuple(shards)
+        self.counts = RequestCounts()
         self._turn = StepLock()
 
     def ask(self, what: str, request: Callable[..., T], copies: Any, *arrays: Any) -> T:
@@ -62,6 +67,7 @@ class TableServer:
                     f"in vain for another thread that reads or writes it; "
                     f"DVKERNELS_TIMEOUT_SECONDS changes the timeout"
                 )
+            self.counts.note(threading.get_ident(), what, copies, arrays)
             return request(copies, *arrays)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first

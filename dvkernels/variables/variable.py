@@ -247,12 +247,6 @@ def slot_of(variable: Variable, name: str, content: Array | None = None) -> Vari
 
     It is not trainable, and is written in cross-replica context only.
     """
-    if variable.owner.make_copies is not None:
-        raise ContextError(
-            f"slot {name!r} of variable {variable.name!r}, whose rows lie in server processes: its "
-            f"slots lie there too, and cannot be read or restored yet; leave the optimizer out of "
-            f"the checkpoint"
-        )
     initial = np.zeros(variable.shape, variable.dtype) if content is None else content
     when, how = VariableSynchronization.ON_WRITE, VariableAggregation.NONE
     label = f"{variable.name}/{name}"

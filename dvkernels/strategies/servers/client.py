@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.errors import CollectiveTimeoutError, ContextError, WorkerLostError
+from dvkernels.profiler import tracing
 from dvkernels.replicas.step_lock import StepLock
 from dvkernels.strategies.servers import message
 from dvkernels.strategies.servers.message import References
@@ -25,7 +26,7 @@ class _ServerLink:
         self.channel = channel
         self.turn = StepLock()  # of the threads of this process
         self.num_asked = 0
-        self.dropped: deque[int] = deque()  # keys of variables that are gone
+        self.dropped: deque[Any] = deque()  # keys of variables and optimizers that are gone
         self.nbytes = 0  # of the rows that it has, on the coordinator
         self.names: dict[int, str] = {}  # of the variables that are known here, by key
 
@@ -38,22 +39,21 @@ class ServerClient:
     ----------
     channels : sequence of MessageChannel
         To the servers.
-    references : References
     timeout_seconds : float
         How long an answer may take [s].
     is_interruptible : bool
         Whether Ctrl-C may reach the main thread of this process.
     """
 
+    references: References  # set when the strategy exists
+
     def __init__(
         self,
         channels: Sequence[MessageChannel],
-        references: References,
         timeout_seconds: float,
         is_interruptible: bool,
     ) -> None:
         self.servers = {channel.peer: _ServerLink(channel) for channel in channels}
-        self._references = references
         self._timeout_seconds = timeout_seconds
         self._is_interruptible = is_interruptible
         self._pid = os.getpid()
@@ -75,11 +75,30 @@ class ServerClient:
                 f"{what}: this process was forked from one that talks to the servers; only that "
                 f"one can"
             )
-        if not self._is_interruptible:
-            return self._ask(what, asked)
-        made = shielded.uninterrupted(functools.partial(self._ask, what, asked), is_atomic=True)
-        answers: list[Any] = made
+        recording = tracing.active
+        verb = asked[0][1][0] if asked else ""
+        began = 0 if recording is None or verb == "report" else recording.begin(verb)
+        answers: list[Any]
+        if self._is_interruptible:
+            ask = functools.partial(self._ask, what, asked)
+            answers = shielded.uninterrupted(ask, is_atomic=True)
+        else:
+            answers = self._ask(what, asked)
+        if recording is not None and began:
+            about = {"request": what, "servers": sorted({rank for rank, _ in asked})}
+            recording.end(verb, "request", began, about)
         return answers
+
+    def name(self, key: int, name: str, blocks: Iterable[Any]) -> None:
+        """Keep the name of a variable, of which servers have blocks, for messages."""
+        for block in blocks:
+            self.servers[block.server].names[key] = name
+
+    def drop(self, key: Any) -> None:
+        """Let the servers drop what has this key, with the next message to each."""
+        for server in self.servers.values():
+            server.names.pop(key, None)
+            server.dropped.append(key)
 
     def why_lost(self) -> str:
         """Return which server is gone, with its variables; "" if all are there."""
@@ -120,7 +139,7 @@ class ServerClient:
     def _send(self, server: _ServerLink, listed: list[tuple[Any, ...]]) -> None:
         server.num_asked += 1
         dropped = [server.dropped.popleft() for _ in range(len(server.dropped))]
-        parts = message.encode((dropped, listed), self._references, server.num_asked)
+        parts = message.encode((dropped, listed), self.references, server.num_asked)
         server.channel.post(parts)
 
     def _outcome(self, what: str, server: _ServerLink) -> tuple[BaseException | None, list[Any]]:
@@ -140,7 +159,7 @@ class ServerClient:
                 )
                 return CollectiveTimeoutError(text), []
             if message.number_of(came) == server.num_asked:
-                error, results = message.decode(came, self._references)
+                error, results = message.decode(came, self.references)
                 return error, results
             # else it is the late answer to a request that was given up
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
 from dvkernels.errors import ContextError
 from dvkernels.optimizers.optimizer import Optimizer
 from dvkernels.strategies.base import Strategy
+from dvkernels.strategies.servers.client import ServerClient
 from dvkernels.strategies.servers.remote_copies import RemoteCopies
 from dvkernels.strategies.servers.remote_table import RemoteTable
-from dvkernels.strategies.servers.requests import Block
+from dvkernels.strategies.servers.requests import Block, SlotKey
+from dvkernels.variables.copies import Copies
 from dvkernels.variables.modes import VariableAggregation
+from dvkernels.variables.request_counts import RequestCounts, RequestTotals
 from dvkernels.variables.variable import Variable, new_variable, storage_of
 
 __all__: list[str] = []
@@ -21,7 +25,7 @@ __all__: list[str] = []
 class VariableRecord(NamedTuple):
     """All that a worker needs to know of a variable."""
 
-    key: int
+    key: Any  # an int, or a SlotKey
     blocks: tuple[Block, ...]
     name: str
     shape: tuple[int, ...]
@@ -40,11 +44,13 @@ class _Optimizers:
         self._keys = weakref.WeakKeyDictionary()
         self._of_others: dict[tuple[int, int], Optimizer] = {}
 
-    def reference_of(self, optimizer: Optimizer) -> tuple[Any, ...]:
+    def reference_of(
+        self, optimizer: Optimizer, drop: Callable[[tuple[int, int]], None]
+    ) -> tuple[Any, ...]:
         key = self._keys.get(optimizer)
         if key is None:
             key = self._keys[optimizer] = (self._rank, next(self._numbers))
-        optimizer.is_at_servers = True
+            weakref.finalize(optimizer, drop, key).atexit = False
         return ("optimizer", key, type(optimizer), optimizer.settings())
 
     def resolve(self, key: tuple[int, int], kind: type[Optimizer], settings: Any) -> Optimizer:
@@ -58,13 +64,17 @@ class _Optimizers:
         vars(found).update(settings)
         return found
 
+    def drop(self, key: tuple[int, int]) -> None:
+        self._of_others.pop(key, None)
+
 
 @final
 class ClientObjects:
     """Objects of the coordinator or of a worker; ``References``."""
 
-    def __init__(self, rank: int, strategy: Any) -> None:
+    def __init__(self, rank: int, strategy: Any, client: ServerClient) -> None:
         self._strategy = weakref.ref(strategy)
+        self._client = client
         self._optimizers = _Optimizers(rank)
         self._variables: weakref.WeakValueDictionary[int, Variable]
         self._variables = weakref.WeakValueDictionary()
@@ -73,7 +83,7 @@ class ClientObjects:
         """Return the reference of an object; None for one that is sent by value."""
         if isinstance(value, Variable):
             copies = storage_of(value)
-            if isinstance(copies, RemoteCopies) and copies.placement is self._placement:
+            if isinstance(copies, RemoteCopies) and copies.placement is self.placement:
                 key = copies.table.key
                 self._variables[key] = value
                 record = VariableRecord(
@@ -82,7 +92,9 @@ class ClientObjects:
                 )  # fmt: skip
                 return ("variable", record)
         elif isinstance(value, Optimizer):
-            return self._optimizers.reference_of(value)
+            if self.placement is not None:
+                value.states_elsewhere = self.placement.optimizer_states
+            return self._optimizers.reference_of(value, self._client.drop)
         elif isinstance(value, Strategy) and value is self._strategy():
             return ("strategy",)
         return None
@@ -99,18 +111,18 @@ class ClientObjects:
         return self._optimizers.resolve(*about) if kind == "optimizer" else self._strategy()
 
     @property
-    def _placement(self) -> Any:
+    def placement(self) -> Any:
+        """The placement of the strategy; None when it is gone."""
         strategy = self._strategy()
         return None if strategy is None else strategy.placement
 
     def _variable_of(self, record: VariableRecord) -> Variable:
         strategy = self._strategy()
         assert strategy is not None
-        client = strategy.processes.client
-        for block in record.blocks:
-            client.servers[block.server].names[record.key] = record.name
+        if isinstance(record.key, int):
+            self._client.name(record.key, record.name, record.blocks)
         copies = RemoteCopies(
-            RemoteTable(client, record.key, record.blocks),
+            RemoteTable(self._client, record.key, record.blocks),
             record.shape,
             record.dtype,
             strategy.placement,
@@ -127,6 +139,38 @@ class ServerObjects:
     def __init__(self, rank: int) -> None:
         self._optimizers = _Optimizers(rank)
         self.variables: dict[int, Variable] = {}
+        self.counts: dict[int, RequestCounts] = {}
+        self.busy_seconds = 0.0
+        self.most_waiting = 0  # processes, at one time
+
+    def add(self, key: int, variable: Variable) -> None:
+        """Add a variable, of which this server has rows."""
+        self.variables[key], self.counts[key] = variable, RequestCounts()
+
+    def totals(self) -> RequestTotals:
+        """Return the counts of all variables together."""
+        total = RequestTotals()
+        for counts in self.counts.values():
+            total = total.plus(counts.totals)
+        return total
+
+    def storage(self, key: Any) -> Copies:
+        """Return the copies of the variable, or of the slot, of a key."""
+        if not isinstance(key, SlotKey):
+            return storage_of(self.variables[key])
+        slots = key.optimizer.slots(self.variables[key.variable])
+        return storage_of(slots[key.optimizer.slot_names.index(key.name)])
+
+    def slotted(self, optimizer: Optimizer) -> dict[int, int]:
+        """Return the variables of which an optimizer has slots here, with their step counts."""
+        keys = {id(variable): key for key, variable in self.variables.items()}
+        return {keys[id(v)]: int(optimizer.steps(v)) for v in optimizer.slotted if id(v) in keys}
+
+    def drop(self, key: Any) -> None:
+        """Drop the variable, or the optimizer, of a key that no other process has any more."""
+        self.variables.pop(key, None)
+        self.counts.pop(key, None)
+        self._optimizers.drop(key)
 
     def reference_of(self, value: Any) -> None:
         """Return None: a server sends arrays and errors only."""

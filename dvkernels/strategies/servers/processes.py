@@ -21,6 +21,7 @@ from dvkernels.strategies.servers import server_loop, worker_loop
 from dvkernels.strategies.servers.client import ServerClient
 from dvkernels.strategies.servers.job_objects import ClientObjects
 from dvkernels.strategies.servers.remote_copies import RemoteCopies
+from dvkernels.strategies.servers.remote_states import RemoteStates
 from dvkernels.strategies.servers.remote_table import RemoteTable
 from dvkernels.strategies.servers.requests import Block
 from dvkernels.user_errors import brief
@@ -49,6 +50,7 @@ class JobProcesses:
 
     client: ServerClient
     objects: ClientObjects
+    states: RemoteStates
 
     def __init__(
         self, resolver: ClusterResolver | None, num_servers: int, timeout_seconds: float
@@ -89,10 +91,11 @@ class JobProcesses:
 
     def connect(self, strategy: Any) -> None:
         """Let the variables of a strategy lie on the servers, which this process can ask."""
-        self.objects = ClientObjects(self.rank, strategy)
         channels = [self.channel(rank) for rank in self.servers if rank != self.rank]
-        self.client = ServerClient(
-            channels, self.objects, self._timeout_seconds, is_interruptible=self.rank == 0
+        self.client = ServerClient(channels, self._timeout_seconds, is_interruptible=self.rank == 0)
+        self.objects = self.client.references = ClientObjects(self.rank, strategy, self.client)
+        self.states = RemoteStates(
+            self.client, lambda: self.objects.placement, is_in_call=self.rank != 0
         )
 
     def serve(self, frame: Frame, server_placement: Placement) -> None:
@@ -111,6 +114,12 @@ class JobProcesses:
         finally:
             if is_main:
                 signal.signal(signal.SIGINT, before)
+
+    def reports(self) -> dict[int, server_loop.ServerReport]:
+        """Return what each server has done, by its rank."""
+        request = ("report", server_loop.REPORT, None)
+        answers = self.client.ask("stats", [(rank, request) for rank in self.servers])
+        return dict(zip(self.servers, answers, strict=True))
 
     def close(self) -> None:
         """Leave the job; the others end when the coordinator does."""
@@ -141,11 +150,11 @@ class JobProcesses:
         copies = RemoteCopies(
             RemoteTable(self.client, key, blocks), shape, dtype, placement, name, aggregation
         )
+        self.client.name(key, name, blocks)
         for block in blocks:
-            server = self.client.servers[block.server]
-            server.names[key] = name
-            server.nbytes += initial.nbytes * (block.end - block.first) // max(1, shards[-1].stop)
-        weakref.finalize(copies, self._drop, key, blocks).atexit = False
+            nbytes = initial.nbytes * (block.end - block.first) // max(1, shards[-1].stop)
+            self.client.servers[block.server].nbytes += nbytes
+        weakref.finalize(copies, self.client.drop, key).atexit = False
         asked = [
             (
                 block.server,
@@ -173,9 +182,3 @@ class JobProcesses:
             blocks.append(Block(rank, shards[first].start, shards[end - 1].stop))
             first = end
         return blocks
-
-    def _drop(self, key: int, blocks: list[Block]) -> None:
-        for block in blocks:
-            server = self.client.servers[block.server]
-            server.names.pop(key, None)
-            server.dropped.append(key)

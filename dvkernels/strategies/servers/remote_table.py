@@ -23,7 +23,7 @@ class RemoteTable:
 
     Attributes
     ----------
-    key : int
+    key : int or SlotKey
         The number of the variable in the job.
     blocks : tuple of Block
         In the order of the rows.
@@ -31,7 +31,7 @@ class RemoteTable:
 
     __slots__ = ("_client", "blocks", "key", "shards")
 
-    def __init__(self, client: ServerClient, key: int, blocks: Sequence[Block]) -> None:
+    def __init__(self, client: ServerClient, key: Any, blocks: Sequence[Block]) -> None:
         self._client = client
         self.key = key
         self.blocks = tuple(blocks)

@@ -29,6 +29,14 @@ class Block(NamedTuple):
     end: int
 
 
+class SlotKey(NamedTuple):
+    """Key of an optimizer slot, instead of that of a variable."""
+
+    optimizer: Any
+    variable: int  # its key
+    name: str
+
+
 class DividedRequest(NamedTuple):
     """Parts of a request, ``(block, arguments)``, and the function that joins the answers."""
 
@@ -118,6 +126,10 @@ def _step(blocks: Sequence[Block], gradient: Any) -> DividedRequest:
     return DividedRequest(parts, _nothing)
 
 
+def _steps(blocks: Sequence[Block], steps: Any) -> DividedRequest:
+    return DividedRequest([(k, (steps,)) for k in range(len(blocks))], lambda answers: answers[0])
+
+
 def _rows_of(value: Any, block: Block) -> Any:
     return value[block.first : block.end] if value.ndim else value
 
@@ -141,4 +153,5 @@ _DIVISIONS: dict[Any, Callable[..., DividedRequest]] = {
     write_alike: _write,
     apply_updates: _scatter,
     Optimizer.step_at_server: _step,
+    Optimizer.steps_at_server: _steps,
 }

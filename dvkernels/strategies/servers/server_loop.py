@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.message_channel import MessageChannel
@@ -15,11 +16,20 @@ from dvkernels.user_errors import describe
 from dvkernels.values.placement import Placement
 from dvkernels.variables.copies import Copies
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
-from dvkernels.variables.variable import new_variable, storage_of
+from dvkernels.variables.request_counts import RequestTotals
+from dvkernels.variables.variable import new_variable
 
 __all__: list[str] = []
 
-CREATE = "create"  # instead of a function
+CREATE, SLOTTED, REPORT = "create", "slotted", "report"  # instead of a function
+
+
+class ServerReport(NamedTuple):
+    """What a server has done for the variables that exist."""
+
+    totals: RequestTotals
+    busy_seconds: float
+    most_waiting: int  # processes, at one time
 
 
 class CoordinatorHasLeft(Exception):
@@ -38,17 +48,20 @@ def check_coordinator(channel: MessageChannel) -> None:
 def serve(rank: int, channels: Sequence[MessageChannel], placement: Placement) -> None:
     """Answer requests until the coordinator, the first of the channels, leaves."""
     objects = ServerObjects(rank)
-    open_channels = [*channels]
 
     def answer_all() -> bool:
-        has_answered = False
-        for channel in open_channels:
+        num_answered = 0
+        for channel in channels:
             channel.flush()
             asked = channel.receive()
             if asked is not None:
-                channel.post(_answer(objects, placement, asked))
-                has_answered = True
-        return has_answered
+                began = time.perf_counter()
+                channel.post(_answer(objects, placement, channel.peer, asked))
+                objects.busy_seconds += time.perf_counter() - began
+                num_answered += 1
+        if num_answered > objects.most_waiting:
+            objects.most_waiting = num_answered
+        return num_answered > 0
 
     def check(_: float) -> None:
         check_coordinator(channels[0])
@@ -60,19 +73,29 @@ def serve(rank: int, channels: Sequence[MessageChannel], placement: Placement) -
         return
 
 
-def _answer(objects: ServerObjects, placement: Placement, asked: Any) -> list[memoryview]:
+def _answer(
+    objects: ServerObjects, placement: Placement, peer: int, asked: Any
+) -> list[memoryview]:
     """Carry out the requests of a message, in order, up to the first that fails."""
     number, error = message.number_of(asked), None
     results: list[Any] = []
     try:
         dropped, listed = message.decode(asked, objects)
         for key in dropped:
-            objects.variables.pop(key, None)
-        for _what, request, key, *arguments in listed:
+            objects.drop(key)
+        for what, request, key, *arguments in listed:
             if request == CREATE:
                 results.append(_create(objects, placement, key, *arguments))
+            elif request == SLOTTED:
+                results.append(objects.slotted(key))
+            elif request == REPORT:
+                totals = objects.totals()
+                results.append(ServerReport(totals, objects.busy_seconds, objects.most_waiting))
             else:
-                results.append(request(storage_of(objects.variables[key]), *arguments))
+                storage = objects.storage(key)
+                if not storage.is_slot:
+                    objects.counts[key].note(peer, what, storage, tuple(arguments))
+                results.append(request(storage, *arguments))
     except Exception as raised:
         error = raised
     try:
@@ -84,4 +107,4 @@ def _answer(objects: ServerObjects, placement: Placement, asked: Any) -> list[me
 
 def _create(objects: ServerObjects, placement: Placement, key: int, name: str, rows: Any) -> None:
     when, how = VariableSynchronization.ON_WRITE, VariableAggregation.NONE
-    objects.variables[key] = new_variable(Copies([rows], placement, name, when, how), True)
+    objects.add(key, new_variable(Copies([rows], placement, name, when, how), True))
