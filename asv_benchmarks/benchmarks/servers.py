@@ -114,14 +114,8 @@ def over_mpi(python: str) -> dict[str, list[float]]:
     }
     here = Path(__file__).resolve().parent.parent
     folders = os.pathsep.join([str(here.parent), str(here)])
-    command = [
-        str(Path(python).with_name("mpiexec")),
-        "-n",
-        "3",
-        python,
-        "-m",
-        "benchmarks.servers",
-    ]
+    mpiexec = str(Path(python).with_name("mpiexec"))
+    command = [mpiexec, "-n", "3", python, "-m", "benchmarks.servers"]
     done = subprocess.run(
         [*command, "--job"], env=os.environ | allowed | {"PYTHONPATH": folders},
         capture_output=True, text=True, timeout=300,

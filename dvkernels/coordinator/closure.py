@@ -48,6 +48,11 @@ class Closure:
         self.result: Any = None
         self.error: BaseException | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the message."""
+        return sum(part.nbytes for part in self.sent)
+
     def end(self, result: Any, error: BaseException | None) -> None:
         """Leave the outcome, and drop the user's objects that only a run needs."""
         self.result, self.error = result, error

@@ -25,6 +25,8 @@ from dvkernels.user_errors import describe
 __all__: list[str] = []
 
 MOST_QUEUED = 1024  # closures that wait for a worker; schedule waits while there are more
+MOST_QUEUED_NBYTES = 64 << 20  # of those that are sent to other processes, likewise
+_LARGE_NBYTES = 1 << 16
 _POLL_SECONDS = 0.1
 
 
@@ -74,11 +76,21 @@ class ClosureQueue:
             if middle is not None:
                 self._wait(middle.done, "schedule, whose queue is full,")
             self.raise_error()
+        if closure.nbytes >= _LARGE_NBYTES:
+            while (waiting := self._waiting_beside(closure)) is not None:
+                self._wait(waiting.done, "schedule, whose queue is full,")
+                self.raise_error()
         if self.why_closed:
             raise ContextError(f"schedule of {self.name}: {self.why_closed}")
         self._open.append(closure)
         self._queue.put(closure)
         self._cancel_if_closed()  # by another thread meanwhile
+
+    def _waiting_beside(self, closure: Closure) -> Closure | None:
+        """Return the first closure that waits for a worker, if all have too many bytes."""
+        waiting = [each for each in list(self._open) if each.claim.is_free]
+        total = closure.nbytes + sum(each.nbytes for each in waiting)
+        return waiting[0] if waiting and total > MOST_QUEUED_NBYTES else None
 
     def join(self) -> None:
         """Wait until all closures have ended; raise an error that has not come out."""

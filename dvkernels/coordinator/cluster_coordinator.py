@@ -19,12 +19,14 @@ from dvkernels.coordinator.per_worker import PerWorkerDataset, PerWorkerIterator
 from dvkernels.coordinator.remote_worker import RemoteWorker, encoded
 from dvkernels.coordinator.worker_thread import WorkerThread
 from dvkernels.errors import ClusterError, CollectiveTimeoutError, ContextError, DatasetError
+from dvkernels.optimizers.optimizer import Optimizer
 from dvkernels.replicas.thread_limits import ThreadLimit
 from dvkernels.strategies.current_call import current_call
 from dvkernels.strategies.parameter_server import ParameterServerStrategy
 from dvkernels.threads import stoppable_thread
 from dvkernels.values import function_checks
 from dvkernels.values.process_bound import ProcessBound
+from dvkernels.variables.variable import Variable
 
 __all__ = ["ClusterCoordinator"]
 
@@ -50,8 +52,8 @@ class ClusterCoordinator(ProcessBound):
     made again, up to four times: then its error comes out. What it had written counts twice unless
     it was scheduled with ``once=True``.
 
-    The workers are threads, so arguments and results are the objects themselves, of any size, and a
-    call sees what is written to them meanwhile. The threads end with the coordinator: by
+    Where the workers are threads, arguments and results are the objects themselves, of any size,
+    and a call sees what is written to them meanwhile. The threads end with the coordinator: by
     ``close()``, at the end of ``with``, with the strategy, or when it is garbage-collected. It does
     not follow a fork.
 
@@ -165,9 +167,10 @@ class ClusterCoordinator(ProcessBound):
         function_checks.check("schedule", fn)
         function_checks.check_arguments("schedule", args, kwargs)
         named = {} if kwargs is None else dict(kwargs)
-        has_workers_values = False
+        has_workers_values, leaves = False, []
         if args or named:
-            for leaf in pytree.leaves((tuple(args), named)):
+            leaves = [*pytree.leaves((tuple(args), named))]
+            for leaf in leaves:
                 if isinstance(leaf, RemoteValue):
                     raise ContextError(
                         f"schedule: an argument is {leaf!r}, and a call does not wait for another; "
@@ -191,7 +194,9 @@ class ClusterCoordinator(ProcessBound):
             closure.sent = encoded(
                 self._strategy.processes, closure.number, closure.once, fn, args, named
             )
-            closure.args, closure.kwargs = (), {}
+            # What is sent by reference must live until the call has ended.
+            kept = [leaf for leaf in leaves if isinstance(leaf, (Variable, Optimizer))]
+            closure.args, closure.kwargs = tuple(kept), {}
         self._closures.put(closure)
         generators = self._strategy.generators  # on which the draws of a resumed program go on
         generators.num_done = max(generators.num_done, closure.number + 1)

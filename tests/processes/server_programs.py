@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import copy
 import itertools
+import json
 import os
 import pathlib
 import signal
 import sys
+import tempfile
 import threading
 import time
 
@@ -15,6 +19,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
+from dvkernels.coordinator import closure_queue
 from dvkernels.errors import (
     CallCancelledError,
     CollectiveTimeoutError,
@@ -117,17 +122,79 @@ def tables(num_servers: str) -> None:
             strategy.update(variable_of(strategy, 1.0), lambda v: v.assign(2.0))
 
 
+def _objects(strategy) -> dict[str, list]:
+    """Return tables and the optimizers of each, with all kinds of slots."""
+    optimizers = dv.optimizers.SGD(0.1, momentum=0.9), dv.optimizers.Adagrad(0.5)
+    optimizers += (dv.optimizers.Adam(0.1),)
+    tables = [
+        variable_of(strategy, np.ones((NUM_ROWS, 2), np.float32), f"table-{k}")
+        for k in range(len(optimizers))
+    ]
+    return {"tables": tables, "optimizers": [*optimizers]}
+
+
+def _learn(objects, steps) -> None:
+    for step in steps:
+        rng = np.random.default_rng(step)
+        for table, optimizer in zip(objects["tables"], objects["optimizers"], strict=True):
+            some = rng.integers(0, NUM_ROWS, 9), rng.standard_normal((9, 2)).astype(np.float32)
+            optimizer.apply_gradients([(some, table)])
+
+
+def _states(objects):
+    """Yield contents, slots and step counts."""
+    for table, optimizer in zip(objects["tables"], objects["optimizers"], strict=True):
+        yield [table.numpy(), *(slot.numpy() for slot in optimizer.slots(table))]
+        yield [optimizer.steps(table), optimizer.iterations, len(optimizer.slotted)]
+        (entry,) = optimizer.state_dict()["variables"]
+        yield [entry["steps"], *entry["slots"].values()]
+
+
+def _assert_equal(found, expected) -> None:
+    for one, other in zip(_states(found), _states(expected), strict=True):
+        for array, like in zip(one, other, strict=True):
+            np.testing.assert_array_equal(array, like)
+
+
 def checkpoints(num_servers: str, folder: str) -> None:
-    """A checkpoint is restored by another number of servers."""
-    with make(num_servers, variable_partitioner=SHARDS) as strategy:
-        content = np.arange(NUM_ROWS * 4.0).reshape(-1, 4)
-        table = variable_of(strategy, content if num_servers == "1" else 0 * content)
-        checkpoint = dv.Checkpoint(table=table)
+    """Tables and slots that other servers have saved go on as if they had never been saved."""
+    with (
+        make(num_servers, variable_partitioner=SHARDS) as strategy,
+        dv.ParameterServerStrategy(num_workers=1) as here,
+    ):
+        found, expected = _objects(strategy), _objects(here)
         if num_servers == "1":
-            checkpoint.save(folder)
+            _learn(found, range(3))
+            _learn(expected, range(3))
+            dv.Checkpoint(**found).save(folder)
         else:
-            checkpoint.restore(folder)
-        np.testing.assert_array_equal(table, content)
+            _learn(found, range(7, 8))  # which the restore undoes
+            dv.Checkpoint(**found).restore(folder)
+            dv.Checkpoint(**expected).restore(folder)
+            _assert_equal(found, expected)
+            expected = _objects(here)
+            _learn(found, range(3, 6))
+            _learn(expected, range(6))
+            _loaded_states(strategy, found)
+        _assert_equal(found, expected)
+
+
+def _loaded_states(strategy, objects) -> None:
+    """The state of an optimizer can be loaded for other variables, and is not lost by a copy."""
+    made = _objects(strategy)
+    for old, new, table in zip(
+        objects["optimizers"], made["optimizers"], made["tables"], strict=True
+    ):
+        new.load_state_dict(old.state_dict(), variables=[table])
+        with pytest.raises(ContextError, match="slots lie in server processes"):
+            copy.deepcopy(old)
+    for table, other in zip(objects["tables"], made["tables"], strict=True):
+        other.assign(table)
+    _assert_equal(made, objects)
+    sgd = dv.optimizers.SGD(0.1, momentum=0.9)
+    sgd.load_state_dict(objects["optimizers"][0].state_dict())
+    with pytest.raises(ContextError, match="load_state_dict"):
+        sgd.apply_gradients([(np.ones((NUM_ROWS, 2), np.float32), made["tables"][0])])
 
 
 # -- calls ---------------------------------------------------------------------------------------
@@ -138,6 +205,7 @@ def calls(num_servers: str) -> None:
         table = variable_of(strategy, np.zeros((NUM_ROWS, 2)), "table")
         coordinator = dv.ClusterCoordinator(strategy)
         _results(strategy, coordinator, table)
+        _counts(coordinator, strategy)
         _errors(coordinator, table)
         _refusals(strategy, coordinator)
         coordinator.join()
@@ -185,12 +253,46 @@ def _results(strategy, coordinator, table) -> None:
     coordinator.join()
     assert np.abs(weights[[0, 1, 2, 7]] - 1).max() < 0.2
     assert not weights[9].any()
-    with pytest.raises(ContextError, match="leave it out of the checkpoint"):
-        adagrad.state_dict()
-    before = weights.numpy()
-    with pytest.raises(ContextError, match="slot 'sum_of_squares' of variable"):
-        dv.optimizers.Adagrad(0.5).slots(weights)
-    np.testing.assert_array_equal(weights, before)
+    (sums,) = adagrad.slots(weights)  # of an optimizer that was used in calls only
+    assert (sums.gather_rows([0, 7, 9]).sum(axis=1) > 0).tolist() == [True, True, False]
+    assert adagrad.steps(weights) == 60
+
+    def read():
+        return adagrad.slots(weights)[0].read_value(), int(adagrad.steps(weights)), sums[7]
+
+    for one, other in zip(coordinator.schedule(read).fetch(), (sums, 60, sums[7]), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ContextError, match="ask outside of calls"):
+        coordinator.schedule(lambda: adagrad.slotted).fetch()
+    with pytest.raises(ContextError):
+        coordinator.join()
+
+
+def _counts(coordinator, strategy) -> None:
+    """What the servers were asked is counted, and seen in a trace."""
+    table = variable_of(strategy, np.zeros((NUM_ROWS, 2), np.float32), "counted")
+    sgd, before = dv.optimizers.SGD(0.1), coordinator.stats()
+
+    def learn(k):
+        sgd.apply_gradients([(([k, 7], table.gather_rows([k, 7])), table)])
+
+    with tempfile.TemporaryDirectory() as folder:
+        with dv.profiler.trace(f"{folder}/run.json"):
+            coordinator.schedule(lambda: [learn(k) for k in range(6)]).fetch()
+            coordinator.join()
+            table.gather_rows([3])
+        (written,) = pathlib.Path(folder).iterdir()
+        events = json.loads(written.read_text())["traceEvents"]
+    after = coordinator.stats()
+    assert (after.returned - before.returned, after.running, after.queued) == (1, 0, 0)
+    assert sum(each.rows_read for each in after.servers) >= 13
+    assert sum(each.rows_written for each in after.servers) >= 12
+    assert {each.rank for each in after.servers} == {*strategy.processes.servers}
+    assert all(each.most_waiting > 0 and each.busy_seconds > 0 for each in after.servers)
+    assert str(after).count("server ") == len(after.servers)
+    assert [event["name"] for event in events if event.get("cat") == "request"] == ["gather_rows"]
+    counters = {event["name"] for event in events if event["ph"] == "C"}
+    assert counters >= {"calls", *(f"rows of server {each.rank}" for each in after.servers)}
 
 
 def _errors(coordinator, table) -> None:
@@ -242,6 +344,11 @@ def _refusals(strategy, coordinator) -> None:
     with pytest.raises(ContextError, match=r"array 'images' has 1,600,000.*dv\.Variable"):
         coordinator.schedule(lambda: images.sum())
     assert coordinator.schedule(np.sum, (images,)).fetch() == 0  # an argument may be large
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(closure_queue, "MOST_QUEUED_NBYTES", 4 * images.nbytes)
+        for _ in range(20):  # copies of its arguments do not fill the memory
+            coordinator.schedule(np.sum, (images,))
+            assert coordinator.stats().queued <= 4
     with pytest.raises(ContextError, match="cannot be sent to a worker process"):
         coordinator.schedule(lambda: threading.current_thread(), (threading.Lock(),))
 
@@ -249,26 +356,85 @@ def _refusals(strategy, coordinator) -> None:
 # -- losses --------------------------------------------------------------------------------------
 
 
-def workers_die(num_calls: str, folder: str) -> None:
-    """Every result comes once, and writes under ``once`` count once, though three workers die."""
-    count = int(num_calls)
+def workers_die(num_calls: str, folder: str, seed: str = "0") -> None:
+    """Every result comes once, and writes under ``once`` count once, though three workers die.
+
+    Two are killed at any moment, and one when it has written and has not reported.
+    """
+    count, random = int(num_calls), np.random.default_rng(int(seed))
+    moments = sorted(random.integers(count // 8, count - 16, 2))
     with make(1) as strategy:
         seen = variable_of(strategy, np.zeros(count, np.int64), "seen")
         coordinator = dv.ClusterCoordinator(strategy)
-        victims = {count // 5, count // 2, count - 1}
+        victims = [int(strategy.processes.channel(rank).place.split()[-1]) for rank in (1, 2)]
+        last, mark = int(random.integers(count // 8, count - 16)), pathlib.Path(folder, "mark")
 
         def call(k):
             seen.scatter_add([k], [1])
-            mark = pathlib.Path(folder, str(k))
-            if k in victims and not mark.exists():  # it has written, and has not reported
-                mark.touch()
-                kill(os.getpid())
+            if k >= last and os.getpid() not in victims:
+                with contextlib.suppress(FileExistsError):
+                    mark.mkdir()
+                    kill(os.getpid())
             return k
 
+        def returned():
+            return coordinator.stats().returned
+
+        def kill_others():
+            for moment, victim in zip(moments, victims, strict=True):
+                while returned() < moment:
+                    time.sleep(0.001)
+                os.kill(victim, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_others)
+        killer.start()
         values = [coordinator.schedule(call, (k,), once=True) for k in range(count)]
         coordinator.join()
+        killer.join()
         assert coordinator.fetch(values) == list(range(count))
         np.testing.assert_array_equal(seen, 1)
+
+
+def calls_fail(num_calls: str, seed: str = "0") -> None:
+    """Each error comes out once; a call ends with its result, its own error, or is cancelled."""
+    count = int(num_calls)
+    wrong = {*np.random.default_rng(int(seed)).choice(count, count // 100, replace=False).tolist()}
+    came_out, failed, returned = collections.Counter(), set(), set()
+
+    def call(k):
+        if k in wrong:
+            raise ValueError(k)
+        return k
+
+    with make(1) as strategy:
+        coordinator = dv.ClusterCoordinator(strategy)
+        left = [*range(count)]
+        while left:
+            values = {}
+            for k in left:
+                try:
+                    values[k] = coordinator.schedule(call, (k,))
+                except ValueError as error:  # of another call; this one is not scheduled
+                    came_out[error.args[0]] += 1
+            while True:
+                try:
+                    coordinator.join()
+                    break
+                except ValueError as error:
+                    came_out[error.args[0]] += 1
+            for k, value in values.items():
+                try:
+                    assert value.fetch() == k
+                    returned.add(k)
+                except CallCancelledError:
+                    pass  # it is scheduled again
+                except ValueError as error:
+                    assert error.args == (k,)
+                    failed.add(k)
+            left = [k for k in left if k not in returned and k not in failed]
+        assert failed == wrong
+        assert came_out == dict.fromkeys(wrong, 1)
+        assert returned == {*range(count)} - wrong
 
 
 def all_workers_die() -> None:

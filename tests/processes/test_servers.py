@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from mpi_jobs import run as run_mpi
 import dvkernels as dv
 
 PROGRAMS = Path(__file__).with_name("server_programs.py")
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize(
@@ -34,10 +38,45 @@ def test_a_checkpoint_restores_on_another_number_of_servers(tmp_path):
     run(5, "checkpoints", 3, tmp_path, file=PROGRAMS)
 
 
-@pytest.mark.parametrize("num_calls", [60, pytest.param(10_000, marks=pytest.mark.wide)])
-def test_calls_of_lost_workers_run_on_others(num_calls, tmp_path):
-    codes, written = outcome(7, "workers_die", num_calls, tmp_path, file=PROGRAMS)
+SEEDS = range(20)  # of a campaign
+
+
+@pytest.mark.parametrize(
+    ("num_calls", "seed"),
+    [
+        (100, 0),
+        pytest.param(2000, 0, marks=pytest.mark.wide),
+        *(pytest.param(10_000, seed, marks=pytest.mark.slow) for seed in SEEDS),
+    ],
+)
+def test_calls_of_lost_workers_run_on_others(num_calls, seed, tmp_path):
+    codes, written = outcome(7, "workers_die", num_calls, tmp_path, seed, file=PROGRAMS)
     assert sorted(codes) == [-signal.SIGKILL] * 3 + [0] * 4, written
+
+
+@pytest.mark.parametrize(
+    ("num_calls", "seed"),
+    [
+        pytest.param(2000, 0, marks=pytest.mark.wide),
+        *(pytest.param(10_000, seed, marks=pytest.mark.slow) for seed in SEEDS),
+    ],
+)
+def test_every_call_ends_once_though_some_fail(num_calls, seed):
+    run(5, "calls_fail", num_calls, seed, file=PROGRAMS)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("example", ["asynchronous_sgd", "live_counters", "word_vectors"])
+def test_examples_have_servers(example, tmp_path):
+    pytest.importorskip("sklearn")
+    command = [sys.executable, "-m", "dvkernels", "launch", "-n", "4", "--engine", "local"]
+    ended = subprocess.run(
+        [*command, EXAMPLES / f"{example}.py", "1"],
+        capture_output=True, text=True, timeout=100, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+    )  # fmt: skip
+    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
+    assert "server 3: " in ended.stdout or example == "word_vectors"
 
 
 @pytest.mark.parametrize(

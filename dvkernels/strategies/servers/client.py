@@ -57,6 +57,7 @@ class ServerClient:
         self._timeout_seconds = timeout_seconds
         self._is_interruptible = is_interruptible
         self._pid = os.getpid()
+        self.is_closed = False
 
     def ask(self, what: str, asked: Sequence[tuple[int, tuple[Any, ...]]]) -> list[Any]:
         """Return the answers to requests, ``(server, request)``; each server gets one message.
@@ -75,6 +76,8 @@ class ServerClient:
                 f"{what}: this process was forked from one that talks to the servers; only that "
                 f"one can"
             )
+        if self.is_closed:
+            raise ContextError(f"{what}: its strategy has been closed, and the servers have ended")
         recording = tracing.active
         verb = asked[0][1][0] if asked else ""
         began = 0 if recording is None or verb == "report" else recording.begin(verb)

@@ -48,7 +48,6 @@ class JobProcesses:
         There are too few processes, or they differ in ``num_servers``. Raised on all.
     """
 
-    client: ServerClient
     objects: ClientObjects
     states: RemoteStates
 
@@ -72,7 +71,6 @@ class JobProcesses:
         self.rank, self.size = self._group.rank, size
         self.workers = range(1, size - num_servers)
         self.servers = range(size - num_servers, size)
-        self._timeout_seconds = timeout_seconds
         self._keys = itertools.count()
         try:
             counts = self._group.exchange(num_servers)
@@ -82,6 +80,8 @@ class JobProcesses:
         except BaseException:
             self._group.close()
             raise
+        others = [self.channel(rank) for rank in self.servers if rank != self.rank]
+        self.client = ServerClient(others, timeout_seconds, is_interruptible=self.rank == 0)
 
     def channel(self, rank: int) -> MessageChannel:
         """Return the channel to another process."""
@@ -91,8 +91,6 @@ class JobProcesses:
 
     def connect(self, strategy: Any) -> None:
         """Let the variables of a strategy lie on the servers, which this process can ask."""
-        channels = [self.channel(rank) for rank in self.servers if rank != self.rank]
-        self.client = ServerClient(channels, self._timeout_seconds, is_interruptible=self.rank == 0)
         self.objects = self.client.references = ClientObjects(self.rank, strategy, self.client)
         self.states = RemoteStates(
             self.client, lambda: self.objects.placement, is_in_call=self.rank != 0
@@ -123,6 +121,7 @@ class JobProcesses:
 
     def close(self) -> None:
         """Leave the job; the others end when the coordinator does."""
+        self.client.is_closed = True
         self._group.transport.leave("it has closed its strategy")
         self._group.close()
 
