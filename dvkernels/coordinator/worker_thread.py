@@ -130,17 +130,22 @@ class WorkerThread:
                 return False
             self.num_failed += 1
             user_errors.annotate(error, f"raised by {closure}, on worker {number}")
+            self._record(recording, began, closure)
             closures.fail(number, closure, error)
         else:
             self.num_returned += 1
+            self._record(recording, began, closure)
             closures.finish(number, closure, result)
+        return False
+
+    def _record(self, recording: tracing.trace | None, began: int, closure: Closure) -> None:
+        """Record a call in the trace."""
         if recording is not None:
-            recording.name_lane(f"worker {number}")
+            recording.name_lane(f"worker {self.number}")
             recording.add("call", "step", began, {"number": closure.number})
             coordinator = self._owner()
             if coordinator is not None:
                 recording.sample(lambda: counters(coordinator))
-        return False
 
     def _call(self, closure: Closure) -> Any:
         """Call the function, in the context of the strategy and of this worker."""
