@@ -14,8 +14,7 @@ import dvkernels as dv
 BATCH, STEPS, RATE = 32, 600, 0.1
 
 # In a job of processes all but the first one end here, when that has closed the strategy.
-is_job = len(sys.argv) > 1
-how = {"num_servers": int(sys.argv[1])} if is_job else {"num_workers": 2}
+how = {"num_servers": int(sys.argv[1])} if sys.argv[1:] else {"num_workers": 2}
 strategy = dv.ParameterServerStrategy(**how)
 
 pictures, numbers = load_digits(return_X_y=True)

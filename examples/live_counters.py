@@ -15,8 +15,7 @@ import dvkernels as dv
 EVENTS, PAGES, BATCH = 20_000, 1000, 50
 
 # In a job of processes all but the first one end here, when that has closed the strategy.
-is_job = len(sys.argv) > 1
-how = {"num_servers": int(sys.argv[1])} if is_job else {"num_workers": 2}
+how = {"num_servers": int(sys.argv[1])} if sys.argv[1:] else {"num_workers": 2}
 strategy = dv.ParameterServerStrategy(**how)
 
 visited = np.random.default_rng(0).zipf(1.3, EVENTS) % PAGES  # the pages that users look at

@@ -9,6 +9,7 @@ from typing import Any
 
 from dvkernels.errors import DvKernelsError
 from dvkernels.variables.request_counts import RequestTotals
+from dvkernels.variables.table_server import TableServer
 from dvkernels.variables.variable import storage_of, variables_of
 
 __all__ = ["CoordinatorStats", "ServerStats"]
@@ -104,7 +105,7 @@ def servers_of(strategy: Any) -> tuple[ServerStats, ...]:
     total = RequestTotals()
     for variable in variables_of(strategy.placement):
         copies = storage_of(variable)
-        if copies.server is not None and not copies.is_slot:  # slots have that of their variable
+        if isinstance(copies.server, TableServer) and not copies.is_slot:  # which has no own one
             total = total.plus(copies.server.counts.totals)
     return (_server_stats(0, total, 0.0, 0),)
 

@@ -121,7 +121,6 @@ class WorkerThread:
         except BaseException as error:
             is_lost = isinstance(error, WorkerLostError) and closure.runs < MOST_RUNS
             if is_lost and self._remote is None and self._is_replaced(closure):
-                self.num_repeated += 1
                 return True
             # Without its server no worker can run it.
             if is_lost and self._remote is not None and not self._remote.why_servers_lost:
@@ -186,9 +185,11 @@ class WorkerThread:
         if stoppable_thread.is_over:
             return False
         before, self._inherited = self.threads, closure
+        self.num_repeated += closure is not None
         try:
             self.new_thread().start()
         except RuntimeError:  # no thread can be started
             self.threads, self._inherited = before, None
+            self.num_repeated -= closure is not None
             return False
         return True

@@ -68,18 +68,25 @@ class OptimizerState(abc.ABC):
 
     def slots(self, variable: Variable) -> tuple[Variable, ...]:
         """Return the slots of a variable, in the order of :attr:`slot_names`; zeros at first."""
+        self._check_variable("slots", variable)
         names = self.slot_names
-        if isinstance(variable, Variable) and variable.owner.optimizer_states is not None:
-            made: tuple[Variable, ...] = variable.owner.optimizer_states.slots(self, variable)
-            return made
+        elsewhere: StatesElsewhere | None = variable.owner.optimizer_states
+        if elsewhere is not None:
+            return elsewhere.slots(self, variable)
         state = self._state_of("slots", variable)
         return tuple(state.slots[name] for name in names)
 
     def steps(self, variable: Variable) -> Any:
         """Return the step count of a variable, an int64 array of shape ()."""
-        if isinstance(variable, Variable) and variable.owner.optimizer_states is not None:
-            return variable.owner.optimizer_states.steps(self, variable)
+        self._check_variable("steps", variable)
+        elsewhere: StatesElsewhere | None = variable.owner.optimizer_states
+        if elsewhere is not None:
+            return elsewhere.steps(self, variable)
         return self._state_of("steps", variable).steps
+
+    def _check_variable(self, verb: str, variable: Any) -> None:
+        if not isinstance(variable, Variable):
+            raise TypeError(f"{verb} belong to variables; got {brief(variable)}")
 
     def _elsewhere(self) -> Sequence[tuple[Variable, int]]:
         """Return the variables of other processes that have slots, and their step counts."""
@@ -87,8 +94,6 @@ class OptimizerState(abc.ABC):
         return () if states is None else [*states.slotted(self).values()]
 
     def _state_of(self, verb: str, variable: Variable) -> VariableState:
-        if not isinstance(variable, Variable):
-            raise TypeError(f"{verb} belong to variables; got {brief(variable)}")
         if not self._slots.has(variable):
             self._check_cross_replica(f"{verb} of variable {variable.name!r}, which has none yet")
         return self._slots.states_of([variable], self.slot_names)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Self, final
+from typing import Any, NamedTuple, final
 
 __all__: list[str] = []
 
@@ -21,10 +21,10 @@ class RequestTotals(NamedTuple):
     staleness: int = 0  # of these, in all
     max_staleness: int = 0
 
-    def plus(self, other: Self) -> RequestTotals:
+    def plus(self, other: RequestTotals) -> RequestTotals:
         """Return the totals of two tables."""
-        sums = [mine + its for mine, its in zip(self[:-1], other[:-1], strict=True)]
-        return RequestTotals(*sums, max(self.max_staleness, other.max_staleness))
+        sums = RequestTotals(*(mine + its for mine, its in zip(self, other, strict=True)))
+        return sums._replace(max_staleness=max(self.max_staleness, other.max_staleness))
 
 
 @final

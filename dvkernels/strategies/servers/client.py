@@ -162,8 +162,9 @@ class ServerClient:
                 )
                 return CollectiveTimeoutError(text), []
             if message.number_of(came) == server.num_asked:
-                error, results = message.decode(came, self.references)
-                return error, results
+                outcome: tuple[BaseException | None, list[Any]]
+                outcome = message.decode(came, self.references)
+                return outcome
             # else it is the late answer to a request that was given up
 
 

@@ -67,7 +67,8 @@ class JobProcesses:
                 f"expected at least a coordinator, a worker and a server; leave out "
                 f"cluster_resolver and num_servers for workers that are threads of one process"
             )
-        self._group: Any = communicators.between_workers(found, timeout_seconds)
+        group: Any = communicators.between_workers(found, timeout_seconds)
+        self._group = group
         self.rank, self.size = self._group.rank, size
         self.workers = range(1, size - num_servers)
         self.servers = range(size - num_servers, size)
@@ -76,7 +77,7 @@ class JobProcesses:
             counts = self._group.exchange(num_servers)
             if len({*counts}) > 1:
                 raise ClusterError(f"num_servers must be the same in all processes; got {counts}")
-            self._channels: list[MessageChannel | None] = self._group.channels()
+            self._channels: list[MessageChannel | None] = group.channels()
         except BaseException:
             self._group.close()
             raise

@@ -85,7 +85,8 @@ def _answer(
             objects.drop(key)
         for what, request, key, *arguments in listed:
             if request == CREATE:
-                results.append(_create(objects, placement, key, *arguments))
+                _create(objects, placement, key, *arguments)
+                results.append(None)
             elif request == SLOTTED:
                 results.append(objects.slotted(key))
             elif request == REPORT:

@@ -59,7 +59,8 @@ def work(rank: int, coordinator: MessageChannel, frame: Frame, references: Refer
 
 def _reply(rank: int, frame: Frame, references: References, came: HostArray) -> list[memoryview]:
     """Return the reply to a call: ``(error, result, writes that count once)``."""
-    result, writes, error = None, [], None
+    result, error = None, None
+    writes: Sequence[Any] = []
     try:
         call = message.decode(came, references)
         result, writes = contextvars.copy_context().run(_call, rank, frame, *call)

@@ -99,7 +99,7 @@ class SymmetricMemory:
 
     def allocate(self, nbytes: int) -> list[HostArray]:
         """Return cleared memory of each worker, outside of all arrays; all call this together."""
-        return self._segments.open(nbytes)
+        return [*self._segments.open(nbytes)]
 
     # -- allocation -------------------------------------------------------------------------------
 
