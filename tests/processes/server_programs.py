@@ -15,10 +15,12 @@ import tempfile
 import threading
 import time
 
+import cloudpickle
 import numpy as np
 import pytest
 
 import dvkernels as dv
+from dvkernels.communicators.workers.shm import ring_channel
 from dvkernels.coordinator import closure_queue
 from dvkernels.errors import (
     CallCancelledError,
@@ -28,6 +30,11 @@ from dvkernels.errors import (
     WorkerLostError,
 )
 
+# Imported once, by the process of which those of a job are forks.
+PRELOADED = (
+    dv.ParameterServerStrategy, dv.ClusterCoordinator, dv.Checkpoint, dv.optimizers.Adam,
+    ring_channel, cloudpickle,
+)  # fmt: skip
 NUM_ROWS = 23
 SHARDS = dv.partitioners.FixedShards(5)
 
@@ -156,27 +163,29 @@ def _assert_equal(found, expected) -> None:
             np.testing.assert_array_equal(array, like)
 
 
-def checkpoints(num_servers: str, folder: str) -> None:
+def checkpoints(num_servers: str, folder: str, steps: str) -> None:
     """Tables and slots that other servers have saved go on as if they had never been saved."""
+    begin, more = int(steps), 3
+    saved, again = (pathlib.Path(folder, str(k)) for k in (begin, begin + more))
     with (
         make(num_servers, variable_partitioner=SHARDS) as strategy,
         dv.ParameterServerStrategy(num_workers=1) as here,
     ):
         found, expected = _objects(strategy), _objects(here)
-        if num_servers == "1":
-            _learn(found, range(3))
-            _learn(expected, range(3))
-            dv.Checkpoint(**found).save(folder)
-        else:
-            _learn(found, range(7, 8))  # which the restore undoes
-            dv.Checkpoint(**found).restore(folder)
-            dv.Checkpoint(**expected).restore(folder)
-            _assert_equal(found, expected)
-            expected = _objects(here)
-            _learn(found, range(3, 6))
-            _learn(expected, range(6))
-            _loaded_states(strategy, found)
+        _learn(expected, range(begin))
+        if not saved.exists():  # by the servers of an earlier job
+            dv.Checkpoint(**expected).save(saved)
+        _learn(found, range(100, 101))  # which the restore undoes
+        dv.Checkpoint(**found).restore(saved)
         _assert_equal(found, expected)
+        for objects in (found, expected):
+            _learn(objects, range(begin, begin + more))
+        _assert_equal(found, expected)
+        dv.Checkpoint(**found).save(again)
+        restored = _objects(here)
+        dv.Checkpoint(**restored).restore(again)
+        _assert_equal(restored, expected)
+        _loaded_states(strategy, found)
 
 
 def _loaded_states(strategy, objects) -> None:

@@ -22,8 +22,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.mark.parametrize(
     ("program", "count", "num_servers"),
     [
-        ("tables", 4, 2),
         ("calls", 4, 1),
+        pytest.param("tables", 4, 2, marks=pytest.mark.wide),
         pytest.param("tables", 3, 1, marks=pytest.mark.wide),
         pytest.param("tables", 7, 5, marks=pytest.mark.wide),
         pytest.param("calls", 6, 2, marks=pytest.mark.wide),
@@ -33,9 +33,10 @@ def test_laws(program, count, num_servers):
     run(count, program, num_servers, file=PROGRAMS)
 
 
-def test_a_checkpoint_restores_on_another_number_of_servers(tmp_path):
-    run(3, "checkpoints", 1, tmp_path, file=PROGRAMS)
-    run(5, "checkpoints", 3, tmp_path, file=PROGRAMS)
+@pytest.mark.parametrize("servers", [[2], pytest.param([1, 3, 2], marks=pytest.mark.wide)], ids=str)
+def test_a_checkpoint_restores_on_another_number_of_servers(servers, tmp_path):
+    for k, num_servers in enumerate(servers):
+        run(num_servers + 2, "checkpoints", num_servers, tmp_path, 3 * (k + 1), file=PROGRAMS)
 
 
 SEEDS = range(20)  # of a campaign
@@ -82,10 +83,10 @@ def test_examples_have_servers(example, tmp_path):
 @pytest.mark.parametrize(
     ("program", "others"),
     [
-        ("all_workers_die", [-signal.SIGKILL, 0]),
         ("server_dies", [0, -signal.SIGKILL]),
-        ("coordinator_fails", [0, 0]),
-        ("coordinator_dies", [1, 1]),
+        pytest.param("all_workers_die", [-signal.SIGKILL, 0], marks=pytest.mark.wide),
+        pytest.param("coordinator_fails", [0, 0], marks=pytest.mark.wide),
+        pytest.param("coordinator_dies", [1, 1], marks=pytest.mark.wide),
         pytest.param("call_never_ends", [0, 0], marks=pytest.mark.wide),
     ],
 )
