@@ -66,7 +66,17 @@ class Closure:
 
 @final
 class RemoteValue:
-    """Result that a scheduled call will have: :meth:`fetch` waits for it."""
+    """Result that a scheduled call will have: :meth:`fetch` waits for it.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> with dv.ParameterServerStrategy(num_workers=2) as strategy:
+    ...     coordinator = dv.ClusterCoordinator(strategy)
+    ...     result = coordinator.schedule(lambda: 6 * 7)
+    ...     result.fetch()
+    42
+    """
 
     __slots__ = ("_closure", "_wait")
 

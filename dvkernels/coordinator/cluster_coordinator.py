@@ -135,9 +135,10 @@ class ClusterCoordinator(ProcessBound):
             Called on a worker, in the cross-replica context of the strategy; ``strategy.run`` in it
             runs a function in replica context.
         args : list or tuple
+            Positional arguments.
         kwargs : dict, optional
-            Arguments. Iterators over per-worker datasets, at any depth, are replaced by those of
-            the worker.
+            Keyword arguments. In both, iterators over per-worker datasets, at any depth, are
+            replaced by those of the worker.
         once : bool
             Whether the writes of the call to variables take effect together when it has returned,
             and not if it raises. So they count once, though a lost worker lets it run again; and

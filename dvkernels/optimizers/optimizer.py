@@ -40,6 +40,12 @@ class Optimizer(OptimizerState):
     ``copy.deepcopy`` copies slots and step counts. They belong to the copies of the variables that
     the same call copies, ``copy.deepcopy((model, optimizer))``, in any order; for variables that it
     does not copy, they belong to the variables themselves.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> isinstance(dv.optimizers.SGD(0.1), dv.optimizers.Optimizer)
+    True
     """
 
     def __init__(self, learning_rate: LearningRate) -> None:

@@ -167,6 +167,7 @@ class OptimizerState(abc.ABC):
         Parameters
         ----------
         state : dict
+            What :meth:`state_dict` returned.
         variables : sequence of Variable, optional
             The variables of the state: as many as the state holds, in its order. If not given,
             variables are matched by name: those that have taken steps with this optimizer now, and

@@ -127,6 +127,7 @@ class trace:
         if max_events < 1:
             raise ValueError(f"trace: max_events is a positive integer, got {max_events}")
         self._nvtx = NvtxRanges() if nvtx else None
+        self.before = self._push if nvtx else None
         self._process = process_identity.describe()
         self._usage, self._threads = CoreUsage(), ThreadUsage()
         self._ring: collections.deque[TraceEvent] = collections.deque(maxlen=max_events)
@@ -250,8 +251,8 @@ class trace:
 
     # -- the collectives: an observer of collective_hooks -----------------------------------------
 
-    def before(self, event: CollectiveEvent) -> None:
-        """Begin the span of a collective."""
+    def _push(self, event: CollectiveEvent) -> None:
+        """Begin the NVTX range of a collective."""
         if self._nvtx is not None and not event.is_async:
             self._nvtx.push(event.verb)
 
