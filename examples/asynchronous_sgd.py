@@ -1,7 +1,7 @@
 """Asynchronous SGD on the digits: workers that do not wait for each other, and one server.
 
 Two threads; or processes, of which the last one serves the variables:
-python -m dvkernels launch -n 4 --engine local asynchronous_sgd.py 1
+``python -m dvkernels launch -n 4 --engine local asynchronous_sgd.py 1``
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Live counters from a stream: workers count events as they come, and anybody reads the counts.
 
 Two threads; or processes, of which the last one serves the counters:
-python -m dvkernels launch -n 4 --engine local live_counters.py 1
+``python -m dvkernels launch -n 4 --engine local live_counters.py 1``
 """
 
 import queue

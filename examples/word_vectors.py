@@ -1,7 +1,7 @@
 """Word vectors from co-occurrence: a table of rows, sparse Adagrad, and workers out of step.
 
 Two threads; or processes, of which the last one serves the tables:
-python -m dvkernels launch -n 4 --engine local word_vectors.py 1
+``python -m dvkernels launch -n 4 --engine local word_vectors.py 1``
 """
 
 import re
