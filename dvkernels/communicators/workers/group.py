@@ -11,6 +11,7 @@ import numpy as np
 
 from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.communicators.workers.consistency import Fingerprint, fingerprint_of
+from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.communicators.workers.transport import Transport
 from dvkernels.devices.array_spec import HostArray, Spec
 from dvkernels.errors import AlgorithmError
@@ -56,6 +57,16 @@ class ControlMessages:
         if symmetric_memory is None:
             return [np.empty(shape, dtype) for _ in range(count)]
         return symmetric_memory.empty(self.agree, shape, dtype, count)
+
+    def channels(self) -> list[MessageChannel | None]:
+        """Return a message channel to each other worker; all workers call this together."""
+        try:
+            made = self.transport.channels()
+        except BaseException as error:  # too little memory: the others do not wait
+            self.end(error)
+            raise
+        self.barrier()  # all memory is clear
+        return made
 
     def announce(self, error: BaseException) -> None:
         """Tell the other workers that this worker's step has failed."""

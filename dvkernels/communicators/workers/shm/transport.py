@@ -29,6 +29,8 @@ from dvkernels.communicators.workers.consistency import (
     Vote,
     fingerprint_of,
 )
+from dvkernels.communicators.workers.message_channel import MessageChannel
+from dvkernels.communicators.workers.shm import ring_channel
 from dvkernels.communicators.workers.shm.kernel_reduction import KernelReduction
 from dvkernels.communicators.workers.shm.segment import BUFFER_NBYTES, NUM_CHANNELS, Segment
 from dvkernels.communicators.workers.shm.symmetric_memory import Columns, SymmetricMemory
@@ -81,6 +83,10 @@ class SharedMemoryTransport(Transport):
             self._duplicate = SharedMemoryTransport(
                 segment, timeout_seconds, may_spin, channel=channel + 1, failures=self._failures
             )
+
+    def channels(self) -> list[MessageChannel | None]:
+        assert self.symmetric_memory is not None
+        return [*ring_channel.channels(self._segment, self.symmetric_memory.allocate)]
 
     # -- arrays -----------------------------------------------------------------------------------
 
