@@ -103,6 +103,11 @@ def between_all(
         Some workers ask for NCCL and others do not. Raised on all workers.
     """
     asks_for_nccl = _name_of(cross_device_ops) == "nccl"
+    if _are_of_jax(devices) and (asks_for_nccl or workers.size > 1 or bytes_per_bucket):
+        raise AlgorithmError(
+            "replicas on JAX devices communicate through XLA, in one process and without buckets: "
+            "use cross_device_ops='auto', and dv.TPUStrategy or dv.MirroredStrategy"
+        )
     local = between_devices(devices, "auto" if asks_for_nccl else cross_device_ops)
     answers = workers.exchange((len(devices), asks_for_nccl))
     counts = [count for count, _ in answers]
@@ -157,7 +162,8 @@ def between_devices(devices: Sequence[Device], cross_device_ops: object) -> Comm
     """
     num_replicas, name = len(devices), _name_of(cross_device_ops)
     if name in _ALGORITHMS:
-        return Single() if num_replicas == 1 else Local(num_replicas, _ALGORITHMS[name])
+        host = Single() if num_replicas == 1 else Local(num_replicas, _ALGORITHMS[name])
+        return _between_jax_devices(devices, host) if _are_of_jax(devices) else host
     if isinstance(cross_device_ops, Communicator):
         if cross_device_ops.size != num_replicas:
             raise AlgorithmError(
@@ -169,6 +175,17 @@ def between_devices(devices: Sequence[Device], cross_device_ops: object) -> Comm
         f"expected cross_device_ops to be one of {sorted([*_ALGORITHMS, 'nccl'])} or an object "
         f"with the methods of dvkernels.Communicator, got {cross_device_ops!r}"
     )
+
+
+def _are_of_jax(devices: Sequence[Device]) -> bool:
+    return devices[0].kind.startswith("jax:")
+
+
+def _between_jax_devices(devices: Sequence[Device], host: Communicator) -> Communicator:
+    """Return the communicator of JAX devices; XLA chooses its algorithms."""
+    from dvkernels.communicators.jax.shard_map import ShardMap
+
+    return ShardMap(devices, host)
 
 
 def algorithm_namer(communicator: Communicator) -> Callable[[int, int], str]:

@@ -36,7 +36,8 @@ def is_foreign(value: Any) -> bool:
     """Return whether a value is an array of another library than NumPy."""
     if isinstance(value, (np.ndarray, np.generic)):
         return False
-    return hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__")
+    speaks = hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__")
+    return speaks or is_of_jax(value)  # a traced array has no memory to exchange
 
 
 def is_on_gpu(buffer: Any) -> bool:

@@ -14,9 +14,11 @@ from dvkernels.kernels import backends, update_rules
 from dvkernels.optimizers import gradients
 from dvkernels.optimizers.optimizer_state import OptimizerState
 from dvkernels.optimizers.row_gradient import RowGradient, take_row_step
+from dvkernels.optimizers.slots import VariableState
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replicas.collective_call import CollectiveCall, Same
 from dvkernels.values import function_checks, replica_weights, scalar_checks
+from dvkernels.variables.copies import rebind
 from dvkernels.variables.table_server import TableServer
 from dvkernels.variables.variable import Variable, copies_of, storage_of
 
@@ -137,6 +139,12 @@ class Optimizer(OptimizerState):
         if replica is None:
             self._apply_cross_replica(checked_pairs, reduction, weight)
             return
+        if replica.trace is not None:
+            from dvkernels.optimizers import functional_step
+
+            given = [(replica.own(gradient), variable) for gradient, variable in checked_pairs]
+            functional_step.take_traced_step(self, replica.trace, given, reduction, weight)
+            return
         if weight is not None:
             weight = replica_weights.checked(replica.own(weight), gradients.VERB, reduction)
         own = [(replica.own(gradient), variable) for gradient, variable in checked_pairs]
@@ -237,6 +245,11 @@ class Optimizer(OptimizerState):
         """Take one step with the fused kernels."""
         names = self.slot_names
         variable_states = self._slots.states_of(variables, names)
+        steps = [int(each.steps) for each in variable_states]
+        if variables[0].owner.memory.is_immutable:
+            self._take_functional_step(variables, columns, op, steps)
+            self._count(variable_states)
+            return
         states = [[copies_of(variable) for variable in variables]]
         states += [[copies_of(each.slots[name]) for each in variable_states] for name in names]
         # A writable gradient shares no element with variables and slots: users get read-only views
@@ -244,7 +257,6 @@ class Optimizer(OptimizerState):
         is_writable = variables[0].owner.memory.is_writable
         is_checked = all(is_writable(gradient) for column in columns for gradient in column)
         weighting = {} if shares is None else {"shares": shares}  # on the CPU only
-        steps = [int(each.steps) for each in variable_states]
         backends.of(states[0][0][0]).optimizers.take_step(
             f"{type(self).__name__}.apply_gradients",
             self._rule(states[0], steps),
@@ -254,9 +266,31 @@ class Optimizer(OptimizerState):
             is_checked=is_checked,
             **weighting,
         )
-        for each in variable_states:
+        self._count(variable_states)
+
+    def _take_functional_step(
+        self, variables: list[Variable], columns: Columns, op: Reduction, steps: list[int]
+    ) -> None:
+        """Take one step whose results are new arrays, to which variables and slots are rebound."""
+        from dvkernels.optimizers import functional_step
+
+        states = functional_step.states_of(self, variables)
+        rule = self._rule(columns, steps)
+        owner = variables[0].owner
+        contents = functional_step.new_contents(owner, rule, columns, states, op)
+        rebind([copies for each in states for copies in each], contents)
+
+    def count_steps(self, variables: Sequence[Variable], counts: Sequence[int]) -> None:
+        """Set the step counts of variables after a step that JAX has compiled."""
+        for variable, count in zip(variables, counts, strict=True):
+            self.steps(variable)[...] = count + 1
+        self._iterations = max(self._iterations, *(count + 1 for count in counts))
+
+    def _count(self, states: Sequence[VariableState]) -> None:
+        """Count a step of each of these variables."""
+        for each in states:
             each.steps[...] += 1
-        self._iterations = max(self._iterations, max(steps) + 1)
+        self._iterations = max(self._iterations, *(int(each.steps) for each in states))
 
 
 _first_steps = TableServer(())  # the slots of one variable after another are made

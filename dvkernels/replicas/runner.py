@@ -83,7 +83,11 @@ class Runner:
         self._idle: list[ThreadTeam] = []  # a stack: nested steps need threads of their own
         self._pid = os.getpid()  # last: after an interrupt before this, it is done again
 
-    def run(self, call: Call, nested: bool) -> list[Any]:
+    def run_program(self, program: Callable[[], Any]) -> Any:
+        """Return ``program()``, the step of all replicas at once, called on this thread."""
+        return self.run(None, False, program)
+
+    def run(self, call: Call | None, nested: bool, program: Callable[[], Any] | None = None) -> Any:
         """Return ``[call(rendezvous, replica) for each replica]``, called concurrently.
 
         Raises :meth:`Rendezvous.outcome` if a replica fails. ``nested``: a step of this strategy is
@@ -111,7 +115,7 @@ class Runner:
             try:
                 self._step_lock.is_stepping = True
                 self._generators.num_begun += 1
-                results = self._run(call, seconds)
+                results = program() if call is None else self._run(call, seconds)
                 self._generators.num_done += 1
                 return results
             finally:

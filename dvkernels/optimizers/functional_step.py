@@ -1,0 +1,133 @@
+"""Optimizer steps on arrays that cannot be written: XLA compiles the update rules themselves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvkernels.communicators.jax import lowering, shard_map
+from dvkernels.devices import array_memory, jax_devices
+from dvkernels.kernels import update_rules
+from dvkernels.optimizers import gradients as gradient_checks
+from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.values.placement import Placement
+from dvkernels.variables.copies import Copies
+from dvkernels.variables.traced_state import Application, TracedState
+from dvkernels.variables.variable import Variable, storage_of
+
+__all__: list[str] = []
+
+States = Sequence[Sequence[Any]]  # of each variable: the parameter, then its slots
+
+
+def new_contents(
+    owner: Placement,
+    rule: update_rules.Rule,
+    columns: Sequence[Sequence[Any]],
+    states: Sequence[Sequence[Copies]],
+    op: Reduction,
+) -> list[Any]:
+    """Return the new contents of all states of all variables, by one compiled program.
+
+    ``columns[k]`` holds the replicas' gradients of variable k, or one for all of them.
+    """
+    devices = owner.replica_devices
+    is_reduced = len(columns[0]) > 1 or len(devices) == 1
+    program = _program(jax_devices.mesh(devices), rule[0], op if is_reduced else None)
+    own = [jax_devices.own(device) for device in devices]
+    whole = []
+    for column in columns:
+        each = column if len(column) == len(devices) else [column[0]] * len(devices)
+        whole.append(shard_map.assembled([*map(jax.device_put, each, own)], devices))
+    wholes: list[list[Any]] = [[copies.whole for copies in each] for each in states]  # type: ignore[attr-defined]
+    with shard_map.launching:
+        made = program(whole, wholes, padded(rule[1]))
+    return [content for each in made for content in each]
+
+
+def padded(coefficients: Sequence[update_rules.Coefficients]) -> Any:
+    """Return the coefficients of each variable as rows of one array, filled up with zeros."""
+    rows = np.zeros((len(coefficients), update_rules.NUM_COEFFICIENTS))
+    for row, given in zip(rows, coefficients, strict=True):
+        row[: len(given)] = given
+    return rows.astype(jnp.result_type(float))
+
+
+@functools.lru_cache(maxsize=64)
+def _program(mesh: Any, rule: int, op: Reduction | None) -> Any:
+    def step(gradients: list[Any], states: list[list[Any]], coefficients: Any) -> list[list[Any]]:
+        reduced = gradients if op is None else [lowering.all_reduce(each, op) for each in gradients]
+        return _stepped(rule, reduced, states, coefficients)
+
+    return jax.jit(lowering.spmd(step, mesh))
+
+
+def _stepped(rule: int, gradients: Sequence[Any], states: States, rows: Any) -> list[list[Any]]:
+    """Return the new states of each variable, given its reduced gradient and coefficients."""
+    apply = array_memory.of_jax().apply
+    return [
+        apply(_new_states, gradient, rule, rows[k].astype(gradient.dtype), *states[k])
+        for k, gradient in enumerate(gradients)
+    ]
+
+
+def _new_states(gradient: Any, rule: int, coefficients: Any, parameter: Any, *slots: Any) -> Any:
+    numbers = [coefficients[k] for k in range(update_rules.NUM_COEFFICIENTS)]
+    if rule == update_rules.ADAM:
+        return [*update_rules.adam_step(gradient, parameter, *slots, numbers)]
+    if rule == update_rules.ADAGRAD:
+        return [*update_rules.adagrad_step(gradient, parameter, *slots, numbers)]
+    velocity = slots[0] if slots else None
+    return [*update_rules.sgd_step(rule, gradient, parameter, velocity, numbers)][: 1 + len(slots)]
+
+
+def take_traced_step(
+    optimizer: Any,
+    trace: TracedState,
+    pairs: Sequence[gradient_checks.Pair],
+    op: ReduceOp,
+    weight: Any,
+) -> None:
+    """Take a step of an optimizer inside a program that JAX traces.
+
+    Rates and bias corrections are computed before each call of the program, and passed to it.
+    """
+    present = [pair for pair in pairs if pair[0] is not None]
+    variables = gradient_checks.variables_of(present, op)
+    if weight is not None and op is not ReduceOp.MEAN:
+        raise ValueError(f"apply_gradients: a weight belongs to MEAN, got op {op.name}")
+    if not variables:
+        return
+    arrays = [
+        gradient_checks.checked(trace.array(gradient), variable, 0, counts=False)
+        for gradient, variable in present
+    ]
+    if weight is None:
+        reduced = [lowering.all_reduce(array, op) for array in arrays]
+    else:
+        reduced = [lowering.weighted_mean(array, weight) for array in arrays]
+    states = states_of(optimizer, variables)
+    rule = optimizer._rule([[None]] * len(variables), [0] * len(variables))[0]
+    rows = trace.coefficients(len(variables))
+    slots = [slot for _, *each in states for slot in each]
+    trace.applications.append(Application(optimizer, rule, tuple(variables), slots))
+    values = [[trace.read(copies) for copies in each] for each in states]
+    for each, new in zip(states, _stepped(rule, reduced, values, rows), strict=True):
+        for copies, content in zip(each, new, strict=True):
+            trace.store(copies, content)
+
+
+def states_of(optimizer: Any, variables: Sequence[Variable]) -> list[list[Copies]]:
+    """Return parameter and slots of each variable; slots that do not exist yet are made."""
+    names = optimizer.slot_names
+    with jax_devices.outside_traces():
+        found = optimizer._slots.states_of(variables, names)
+    return [
+        [storage_of(variable), *(storage_of(state.slots[name]) for name in names)]
+        for variable, state in zip(variables, found, strict=True)
+    ]
