@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dvkernels import reduce_op
 from dvkernels.communicators.jax import lowering, shard_map
-from dvkernels.devices import array_memory, jax_devices
+from dvkernels.devices import array_memory, jax_arrays, jax_devices
 from dvkernels.kernels import update_rules
 from dvkernels.optimizers import gradients as gradient_checks
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.values.placement import Placement
 from dvkernels.variables.copies import Copies
-from dvkernels.variables.traced_state import Application, TracedState
+from dvkernels.variables.traced_state import GradientUse, TracedState
 from dvkernels.variables.variable import Variable, storage_of
 
 __all__: list[str] = []
@@ -115,7 +116,7 @@ def take_traced_step(
     rule = optimizer._rule([[None]] * len(variables), [0] * len(variables))[0]
     rows = trace.coefficients(len(variables))
     slots = [slot for _, *each in states for slot in each]
-    trace.applications.append(Application(optimizer, rule, tuple(variables), slots))
+    trace.applications.append(GradientUse(optimizer, rule, tuple(variables), slots))
     values = [[trace.read(copies) for copies in each] for each in states]
     for each, new in zip(states, _stepped(rule, reduced, values, rows), strict=True):
         for copies, content in zip(each, new, strict=True):
@@ -131,3 +132,18 @@ def states_of(optimizer: Any, variables: Sequence[Variable]) -> list[list[Copies
         [storage_of(variable), *(storage_of(state.slots[name]) for name in names)]
         for variable, state in zip(variables, found, strict=True)
     ]
+
+
+def clipped(gradients: Sequence[Any], limit: float) -> tuple[list[Any], Any]:
+    """Return gradients of JAX, scaled so that their norm is at most ``limit``, and their norm.
+
+    All of them are NaN if the norm is not finite. A traced norm stays an array.
+    """
+    wide = [array.astype(reduce_op.working_dtype(np.dtype(array.dtype))) for array in gradients]
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(array))) for array in wide))
+    factor = jnp.where(norm <= limit, 1, limit / jnp.where(jnp.isfinite(norm), norm, jnp.nan))
+    scaled = [
+        (array * factor.astype(array.real.dtype)).astype(gradient.dtype)
+        for array, gradient in zip(wide, gradients, strict=True)
+    ]
+    return scaled, norm if jax_arrays.is_traced(norm) else float(norm)

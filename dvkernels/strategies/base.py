@@ -24,10 +24,10 @@ from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.runner import Runner
 from dvkernels.replicas.streams import StreamedRunner
 from dvkernels.replicas.thread_limits import ThreadLimit
+from dvkernels.strategies.compiled_step import CompiledStep, JitSteps, TraceCounter
 from dvkernels.strategies.cross_replica import CrossReplica
 from dvkernels.strategies.dataset_distribution import DatasetDistribution
 from dvkernels.strategies.item_map import ItemMap
-from dvkernels.strategies.jit import CompiledStep, JitSteps, TraceCounter
 from dvkernels.strategies.per_replica_values import PerReplicaValues
 from dvkernels.strategies.scope import Scope
 from dvkernels.strategies.seeded_steps import SeededSteps

@@ -28,7 +28,7 @@ from dvkernels.values.distributed import Mirrored, PerReplica
 from dvkernels.values.placement import Placement
 from dvkernels.variables.copies import rebind
 from dvkernels.variables.immutable_copies import ImmutableCopies
-from dvkernels.variables.traced_state import Application, TracedState
+from dvkernels.variables.traced_state import GradientUse, TracedState
 
 __all__: list[str] = []
 
@@ -48,7 +48,7 @@ class _Box:
     content: Any
 
 
-class Arguments(NamedTuple):
+class StepArguments(NamedTuple):
     """Flattened arguments of a call: what is traced, and what is a constant of the program."""
 
     key: Any
@@ -66,7 +66,9 @@ class Arguments(NamedTuple):
 _TRACED = object()
 
 
-def arguments_of(args: Sequence[Any], kwargs: Mapping[str, Any], placement: Placement) -> Arguments:
+def arguments_of(
+    args: Sequence[Any], kwargs: Mapping[str, Any], placement: Placement
+) -> StepArguments:
     """Return the arguments of a call; parts of different shapes raise."""
     leaves, structure = pytree.flatten((tuple(args), dict(kwargs)))
     devices = placement.replica_devices
@@ -103,7 +105,9 @@ def arguments_of(args: Sequence[Any], kwargs: Mapping[str, Any], placement: Plac
         is_whole = count == 1 and len(devices) > 1
         whole.append(each[0] if is_whole else shard_map.assembled(each, devices))
     shapes = tuple((array.shape, array.dtype, array.weak_type) for array in whole)
-    return Arguments((structure, tuple(keys), shapes), structure, tuple(whole), tuple(constants))
+    return StepArguments(
+        (structure, tuple(keys), shapes), structure, tuple(whole), tuple(constants)
+    )
 
 
 def _placed(values: list[Any], places: list[Any]) -> list[Any]:
@@ -158,10 +162,12 @@ def _constant_key(value: Any) -> Any:
     return type(value), value
 
 
-class Program:
+class SpmdProgram:
     """Compiled step for arguments of one structure, and the variables that it reads and writes."""
 
-    def __init__(self, step: Any, strategy: Any, placement: Placement, given: Arguments) -> None:
+    def __init__(
+        self, step: Any, strategy: Any, placement: Placement, given: StepArguments
+    ) -> None:
         self._step = step
         self._strategy = strategy
         self._placement = placement
@@ -194,7 +200,7 @@ class Program:
             for key, copies in trace.used.items()
             if key not in trace.written  # type: ignore[misc]
         ]
-        self.applications: list[Application] = trace.applications
+        self.applications: list[GradientUse] = trace.applications
         self.uses_step = trace.uses_step
 
     def _call(self, trace: TracedState, given: Sequence[Any]) -> Any:
@@ -236,7 +242,7 @@ class Program:
             for each in self.applications
         )
 
-    def run(self, given: Arguments) -> Any:
+    def run(self, given: StepArguments) -> Any:
         """Run the program, and rebind the variables that it writes to their new contents."""
         steps = [*self._steps_before()]
         changed = tuple(copies.whole for copies in self.written)
@@ -304,7 +310,7 @@ class Program:
         return pytree.unflatten(self._structure, [joined(leaf) for leaf in self._results])
 
 
-def _rule_of(application: Application, steps: Sequence[int]) -> update_rules.Rule:
+def _rule_of(application: GradientUse, steps: Sequence[int]) -> update_rules.Rule:
     columns: Any = [[None]] * len(steps)
     rule: update_rules.Rule = application.optimizer._rule(columns, steps)
     return rule
@@ -314,7 +320,7 @@ def run(
     step: Any,
     strategy: Any,
     placement: Placement,
-    programs: dict[Any, Program],
+    programs: dict[Any, SpmdProgram],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
@@ -323,7 +329,7 @@ def run(
     key = (given.key, strategy.generators.seed, jax.config.jax_enable_x64)
     program = programs.get(key)
     if program is None or not program.is_current:
-        program = Program(step, strategy, placement, given)
+        program = SpmdProgram(step, strategy, placement, given)
         result = program.run(given)
         programs[key] = program
         return result

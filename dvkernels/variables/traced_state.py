@@ -36,7 +36,7 @@ _WRITES: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-class Application(NamedTuple):
+class GradientUse(NamedTuple):
     """A call of ``apply_gradients``: its optimizer, the rule, the variables and their slots."""
 
     optimizer: Any
@@ -54,7 +54,7 @@ class TracedState:
         By id, the variables that the program has read or written, in their order.
     written : dict of int to Copies
         Those that it has written.
-    applications : list of Application
+    applications : list of GradientUse
         The calls of ``apply_gradients``.
     uses_step : bool
         Whether the program depends on the number of the step.
@@ -70,7 +70,7 @@ class TracedState:
         self._zero = zero
         self.used: dict[int, Copies] = {}
         self.written: dict[int, Copies] = {}
-        self.applications: list[Application] = []
+        self.applications: list[GradientUse] = []
         self.uses_step = False
 
     def read(self, copies: Copies) -> Any:

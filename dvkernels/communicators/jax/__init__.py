@@ -1,4 +1,4 @@
 """JAX: collectives lowered to XLA's, in programs that we compile and in those of ``strategy.jit``.
 
-Imports: custom_reduction, devices, errors, reduce_op.
+Imports: communicators, custom_reduction, devices, errors, reduce_op.
 """

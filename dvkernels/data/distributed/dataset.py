@@ -16,6 +16,7 @@ from dvkernels.data.distributed.balancer import Balancer
 from dvkernels.data.distributed.epoch_reader import Distribution
 from dvkernels.data.distributed.iterator import DistributedIterator
 from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
+from dvkernels.data.distributed.padding import Padder
 from dvkernels.data.distributed.sharding import Sharding
 from dvkernels.data.distributed.split import Splitter
 from dvkernels.data.distributed.to_device import copier_to
@@ -174,6 +175,7 @@ class DistributedDataset(ProcessBound):
         # PerReplica parses the devices, and checks that there is one for each replica.
         replica_devices = PerReplica((None,) * num_local, devices=devices, owner=owner).devices
         copier = copier_to(replica_devices) if options.prefetch_to_device else None
+        padder = Padder() if options.pad else None
         balancer = None
         if options.balance == "measured":
             if is_dealt:
@@ -187,7 +189,7 @@ class DistributedDataset(ProcessBound):
             dataset.node,
             _sharding(dataset, share, options, is_dealt),
             share,
-            Splitter(num_local, replica_devices, owner, is_dealt, copier, balancer),
+            Splitter(num_local, replica_devices, owner, is_dealt, copier, balancer, padder),
             options,
             is_dealt,
             exchange,

@@ -10,6 +10,7 @@ import numpy as np
 
 from dvkernels.data.array_nest import Element, is_flat_dict, is_flat_tuple, leading_length
 from dvkernels.data.distributed.balancer import Balancer
+from dvkernels.data.distributed.padding import Padder
 from dvkernels.data.distributed.stats import StatsRecorder
 from dvkernels.data.distributed.to_device import BatchCopier
 from dvkernels.devices.device import Device
@@ -39,6 +40,8 @@ class Splitter:
         Copies the parts to their devices; without it they stay on the host.
     balancer : Balancer, optional
         Divides the batches; without it they are divided evenly.
+    padder : Padder, optional
+        Gives all parts one shape.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Splitter:
         is_dealt: bool,
         copier: BatchCopier | None = None,
         balancer: Balancer | None = None,
+        padder: Padder | None = None,
     ) -> None:
         self._num_local = num_local
         self._devices = devices
@@ -56,6 +60,7 @@ class Splitter:
         self._is_dealt = is_dealt
         self._copier = copier
         self.balancer = balancer
+        self._padder = padder
         self._slices: tuple[int, tuple[slice, ...]] = (-1, ())  # for the latest batch length
 
     def split(self, elements: list[Element], recorder: StatsRecorder) -> Any:
@@ -66,6 +71,8 @@ class Splitter:
         if self.balancer is not None:
             self._slices = (-1, ())  # divide this batch anew
         nest = self._assign_elements(elements) if self._is_dealt else self._split_batch(elements[0])
+        if self._padder is not None:
+            nest = self._padder.pad(nest)
         return nest if self._copier is None else self._on_devices(nest, self._copier, recorder)
 
     def _on_devices(self, nest: Any, copier: BatchCopier, recorder: StatsRecorder) -> Any:
