@@ -37,7 +37,8 @@ def is_foreign(value: Any) -> bool:
     if isinstance(value, (np.ndarray, np.generic)):
         return False
     speaks = hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__")
-    return speaks or is_of_jax(value)  # a traced array has no memory to exchange
+    # An array that JAX traces has no memory to exchange.
+    return speaks or (type(value).__name__.endswith("Tracer") and is_of_jax(value))
 
 
 def is_on_gpu(buffer: Any) -> bool:

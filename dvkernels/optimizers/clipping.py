@@ -45,10 +45,10 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
 
     Notes
     -----
-    No communication; gradients of JAX may be traced, and are then accumulated in their dtype, and
-    the norm stays an array; for gradients on a GPU the host waits for the norm. To clip the mean of the
-    replicas' gradients, reduce first, and pass the clipped result to ``apply_gradients``: the mean
-    of equal gradients is the gradient itself.
+    No communication; for gradients on a GPU the host waits for the norm. Gradients of JAX, which
+    may be traced, are accumulated in float32 or wider; a traced norm stays an array. To clip the
+    mean of the replicas' gradients, reduce first, and pass the clipped result to
+    ``apply_gradients``: the mean of equal gradients is the gradient itself.
 
     Examples
     --------

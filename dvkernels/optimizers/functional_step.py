@@ -15,6 +15,7 @@ from dvkernels.communicators.jax import lowering, shard_map
 from dvkernels.devices import array_memory, jax_arrays, jax_devices
 from dvkernels.kernels import update_rules
 from dvkernels.optimizers import gradients as gradient_checks
+from dvkernels.optimizers.slots import VariableState
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.values.placement import Placement
 from dvkernels.variables.copies import Copies
@@ -112,26 +113,70 @@ def take_traced_step(
         reduced = [lowering.all_reduce(array, op) for array in arrays]
     else:
         reduced = [lowering.weighted_mean(array, weight) for array in arrays]
-    states = states_of(optimizer, variables)
-    rule = optimizer._rule([[None]] * len(variables), [0] * len(variables))[0]
+    names = optimizer.slot_names
+    found = slots_of(optimizer, variables)
+    states = states_of(variables, found, names)
+    rule = _rule_of(optimizer, [0] * len(variables))[0]
     rows = trace.coefficients(len(variables))
-    slots = [slot for _, *each in states for slot in each]
-    trace.applications.append(GradientUse(optimizer, rule, tuple(variables), slots))
+    use = GradientUse(optimizer, rule, tuple(variables), optimizer._slots, names, found)
+    trace.gradient_uses.append(use)
     values = [[trace.read(copies) for copies in each] for each in states]
     for each, new in zip(states, _stepped(rule, reduced, values, rows), strict=True):
         for copies, content in zip(each, new, strict=True):
             trace.store(copies, content)
 
 
-def states_of(optimizer: Any, variables: Sequence[Variable]) -> list[list[Copies]]:
-    """Return parameter and slots of each variable; slots that do not exist yet are made."""
-    names = optimizer.slot_names
+def slots_of(optimizer: Any, variables: Sequence[Variable]) -> list[VariableState]:
+    """Return slots and step counts of variables; those that do not exist yet are made."""
     with jax_devices.outside_traces():
-        found = optimizer._slots.states_of(variables, names)
+        found: list[VariableState] = optimizer._slots.states_of(variables, optimizer.slot_names)
+        return found
+
+
+def states_of(
+    variables: Sequence[Variable], found: Sequence[VariableState], names: Sequence[str]
+) -> list[list[Copies]]:
+    """Return the storage of each variable and of its slots."""
     return [
         [storage_of(variable), *(storage_of(state.slots[name]) for name in names)]
         for variable, state in zip(variables, found, strict=True)
     ]
+
+
+def _rule_of(optimizer: Any, counts: Sequence[int]) -> update_rules.Rule:
+    columns: Any = [[None]] * len(counts)
+    rule: update_rules.Rule = optimizer._rule(columns, counts)
+    return rule
+
+
+def coefficients_now(uses: Sequence[GradientUse]) -> list[update_rules.Coefficients] | None:
+    """Return the coefficients of all variables of all uses, for the step counts that they have now.
+
+    None if an optimizer has other slots or another rule by now, so that the step must be compiled
+    anew.
+    """
+    rows: list[update_rules.Coefficients] = []
+    earlier: dict[int, int] = {}  # uses of a variable in the same step
+    for optimizer, rule, variables, slots, names, states in uses:
+        if optimizer._slots is not slots or optimizer.slot_names != names:
+            return None
+        counts = [int(state.steps) for state in states]
+        if len(uses) > 1:
+            for k, variable in enumerate(variables):
+                before = earlier.get(id(variable), 0)
+                counts[k] += before
+                earlier[id(variable)] = before + 1
+        now, coefficients = _rule_of(optimizer, counts)
+        if now != rule:
+            return None
+        rows += coefficients
+    return rows
+
+
+def count_steps(uses: Sequence[GradientUse]) -> None:
+    """Count a step of each variable of each use."""
+    for use in uses:
+        use.optimizer.count_steps(use.states)
 
 
 def clipped(gradients: Sequence[Any], limit: float) -> tuple[list[Any], Any]:

@@ -248,7 +248,7 @@ class Optimizer(OptimizerState):
         steps = [int(each.steps) for each in variable_states]
         if variables[0].owner.memory.is_immutable:
             self._take_functional_step(variables, columns, op, steps)
-            self._count(variable_states)
+            self.count_steps(variable_states)
             return
         states = [[copies_of(variable) for variable in variables]]
         states += [[copies_of(each.slots[name]) for each in variable_states] for name in names]
@@ -266,7 +266,7 @@ class Optimizer(OptimizerState):
             is_checked=is_checked,
             **weighting,
         )
-        self._count(variable_states)
+        self.count_steps(variable_states)
 
     def _take_functional_step(
         self, variables: list[Variable], columns: Columns, op: Reduction, steps: list[int]
@@ -274,19 +274,14 @@ class Optimizer(OptimizerState):
         """Take one step whose results are new arrays, to which variables and slots are rebound."""
         from dvkernels.optimizers import functional_step
 
-        states = functional_step.states_of(self, variables)
+        found = functional_step.slots_of(self, variables)
+        states = functional_step.states_of(variables, found, self.slot_names)
         rule = self._rule(columns, steps)
         owner = variables[0].owner
         contents = functional_step.new_contents(owner, rule, columns, states, op)
         rebind([copies for each in states for copies in each], contents)
 
-    def count_steps(self, variables: Sequence[Variable], counts: Sequence[int]) -> None:
-        """Set the step counts of variables after a step that JAX has compiled."""
-        for variable, count in zip(variables, counts, strict=True):
-            self.steps(variable)[...] = count + 1
-        self._iterations = max(self._iterations, *(count + 1 for count in counts))
-
-    def _count(self, states: Sequence[VariableState]) -> None:
+    def count_steps(self, states: Sequence[VariableState]) -> None:
         """Count a step of each of these variables."""
         for each in states:
             each.steps[...] += 1

@@ -7,7 +7,7 @@ array, whose copies may differ: every device sees its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, starmap
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from dvkernels.values.distributed import Mirrored, PerReplica
 from dvkernels.values.placement import Placement
 from dvkernels.variables.copies import rebind
 from dvkernels.variables.immutable_copies import ImmutableCopies
-from dvkernels.variables.traced_state import GradientUse, TracedState
+from dvkernels.variables.traced_state import TracedState
 
 __all__: list[str] = []
 
@@ -104,7 +104,9 @@ def arguments_of(
         each = [next(placed) for _ in range(count)]
         is_whole = count == 1 and len(devices) > 1
         whole.append(each[0] if is_whole else shard_map.assembled(each, devices))
-    shapes = tuple((array.shape, array.dtype, array.weak_type) for array in whole)
+    shapes = tuple(
+        (array.shape, array.dtype, getattr(array, "weak_type", False)) for array in whole
+    )
     return StepArguments(
         (structure, tuple(keys), shapes), structure, tuple(whole), tuple(constants)
     )
@@ -112,6 +114,9 @@ def arguments_of(
 
 def _placed(values: list[Any], places: list[Any]) -> list[Any]:
     """Return values on their devices; what lies there already costs no transfer."""
+    for k, value in enumerate(values):
+        if not isinstance(value, (np.ndarray, jax.Array, *_NUMBERS)):  # of another library
+            values[k] = interop.view("run of a compiled step", value, "an argument")
     moved = [
         k
         for k, (value, place) in enumerate(zip(values, places, strict=True))
@@ -125,9 +130,9 @@ def _placed(values: list[Any], places: list[Any]) -> list[Any]:
 
 
 def _is_array(value: Any) -> bool:
-    if isinstance(value, (np.ndarray, *_NUMBERS)):
-        return not isinstance(value, np.ndarray) or value.dtype.kind in "biufcV"
-    return interop.is_foreign(value)
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biufcV"
+    return isinstance(value, (jax.Array, *_NUMBERS)) or interop.is_foreign(value)
 
 
 def _check_even(values: Sequence[Any]) -> None:
@@ -175,7 +180,7 @@ class SpmdProgram:
         self._results: list[Any] = []  # the leaves of the result; a traced one is ``_TRACED``
         self._structure: pytree.Structure | None = None
         self._has_run = False
-        self._known_rows: tuple[Any, Any] = (None, None)
+        self._known_extras: tuple[Any, Any] = (None, None)
         self._discover()
         self._compiled = jax.jit(self._spmd(self._body), donate_argnums=(0,))
 
@@ -194,14 +199,14 @@ class SpmdProgram:
 
         jax.eval_shape(self._spmd(body), self._given.traced, jnp.zeros((), jnp.float32))
         (trace,) = found
-        self.written: list[ImmutableCopies] = [*trace.written.values()]  # type: ignore[list-item]
-        self.kept: list[ImmutableCopies] = [
+        self._written: list[ImmutableCopies] = [*trace.written.values()]  # type: ignore[list-item]
+        self._kept: list[ImmutableCopies] = [
             copies
             for key, copies in trace.used.items()
             if key not in trace.written  # type: ignore[misc]
         ]
-        self.applications: list[GradientUse] = trace.applications
-        self.uses_step = trace.uses_step
+        self._gradient_uses = trace.gradient_uses
+        self._uses_step = trace.uses_step
 
     def _call(self, trace: TracedState, given: Sequence[Any]) -> Any:
         """Call the function once, in the context of a traced replica."""
@@ -219,79 +224,52 @@ class SpmdProgram:
     def _body(self, changed: Any, kept: Any, extras: Any, given: Any) -> tuple[Any, ...]:
         """Return the new contents of the written variables, and the results: what JAX compiles."""
         self._step.count_trace()
-        values = {id(c): v for c, v in zip(self.written, changed, strict=True)}
-        values |= {id(c): v for c, v in zip(self.kept, kept, strict=True)}
+        values = {id(c): v for c, v in zip(self._written, changed, strict=True)}
+        values |= {id(c): v for c, v in zip(self._kept, kept, strict=True)}
         rows, step = extras
         trace = TracedState(values, rows, step, None)
         leaves, self._structure = pytree.flatten(self._call(trace, given))
         traced = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
         self._results = [_TRACED if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
-        return (*(trace.value_of(copies) for copies in self.written), *traced)
+        return (*(trace.value_of(copies) for copies in self._written), *traced)
 
-    @property
-    def is_current(self) -> bool:
-        """Whether its optimizers still have the rules and the slots that the program knows."""
-        return all(
-            each.slots
-            == [
-                slot
-                for _, *s in functional_step.states_of(each.optimizer, each.variables)
-                for slot in s
-            ]
-            and each.rule == _rule_of(each, [0] * len(each.variables))[0]
-            for each in self.applications
-        )
+    def coefficients_now(self) -> list[update_rules.Coefficients] | None:
+        """Return the coefficients of the optimizers; None if the step must be compiled anew."""
+        return functional_step.coefficients_now(self._gradient_uses)
 
-    def run(self, given: StepArguments) -> Any:
+    def run(self, given: StepArguments, rows: Sequence[update_rules.Coefficients]) -> Any:
         """Run the program, and rebind the variables that it writes to their new contents."""
-        steps = [*self._steps_before()]
-        changed = tuple(copies.whole for copies in self.written)
+        changed = tuple(copies.whole for copies in self._written)
         if not self._has_run:
             # The first call runs Python code of JAX, where an interrupt would lose what it donated.
             changed = tuple(map(jnp.copy, changed))
-        kept = tuple(copies.whole for copies in self.kept)
-        extras = self._extras(steps)
+        kept = tuple(copies.whole for copies in self._kept)
+        extras = self._extras(rows)
         boxes: list[_Box] = []
         if not self._has_run:
             self._compiled.lower(changed, kept, extras, given.traced)
         boxes = [_Box() for each in self._results if each is _TRACED]
         call = starmap(self._compiled, [(changed, kept, extras, given.traced)])
-        targets: list[Any] = [*self.written, *boxes]
+        targets: list[Any] = [*self._written, *boxes]
         with shard_map.launching:
             if targets:
                 rebind(targets, chain.from_iterable(call))
             else:
                 next(call)
         self._has_run = True
-        for each, counts in zip(self.applications, steps, strict=True):
-            each.optimizer.count_steps(each.variables, counts)
+        functional_step.count_steps(self._gradient_uses)
         return self._regrouped([box.content for box in boxes])
 
-    def _steps_before(self) -> Iterator[list[int]]:
-        """Yield the step counts of the variables of each application before it."""
-        earlier: dict[int, int] = {}
-        for each in self.applications:
-            counts = []
-            for variable in each.variables:
-                count = int(each.optimizer.steps(variable)) + earlier.get(id(variable), 0)
-                earlier[id(variable)] = earlier.get(id(variable), 0) + 1
-                counts.append(count)
-            yield counts
-
-    def _extras(self, steps: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+    def _extras(self, rows: Sequence[update_rules.Coefficients]) -> tuple[Any, Any]:
         """Return the coefficients of the optimizers and the number of the step, on all devices."""
-        everywhere = jax_devices.replicated(self._placement.replica_devices)
-        rows = [
-            row
-            for each, counts in zip(self.applications, steps, strict=True)
-            for row in _rule_of(each, counts)[1]
-        ]
-        number = self._strategy.generators.num_done % 2**32 if self.uses_step else 0
-        if self._known_rows[0] != (rows, number):
-            extras = functional_step.padded(rows), np.uint32(number)
-            self._known_rows = (rows, number), jax.device_put(extras, (everywhere, everywhere))
-        extras_there: tuple[Any, Any] = self._known_rows[1]
-        return extras_there
+        number = self._strategy.generators.num_done % 2**32 if self._uses_step else 0
+        known, extras = self._known_extras
+        if known != (rows, number):
+            everywhere = jax_devices.replicated(self._placement.replica_devices)
+            new = functional_step.padded(rows), np.uint32(number)
+            extras = jax.device_put(new, (everywhere, everywhere))
+            self._known_extras = (rows, number), extras
+        return extras
 
     def _regrouped(self, traced: Sequence[Any]) -> Any:
         """Return the result of ``run``: a PerReplica for each array."""
@@ -310,12 +288,6 @@ class SpmdProgram:
         return pytree.unflatten(self._structure, [joined(leaf) for leaf in self._results])
 
 
-def _rule_of(application: GradientUse, steps: Sequence[int]) -> update_rules.Rule:
-    columns: Any = [[None]] * len(steps)
-    rule: update_rules.Rule = application.optimizer._rule(columns, steps)
-    return rule
-
-
 def run(
     step: Any,
     strategy: Any,
@@ -328,9 +300,12 @@ def run(
     given = arguments_of(args, kwargs, placement)
     key = (given.key, strategy.generators.seed, jax.config.jax_enable_x64)
     program = programs.get(key)
-    if program is None or not program.is_current:
+    rows = None if program is None else program.coefficients_now()
+    if program is None or rows is None:
         program = SpmdProgram(step, strategy, placement, given)
-        result = program.run(given)
+        rows = program.coefficients_now()
+        assert rows is not None
+        result = program.run(given, rows)
         programs[key] = program
         return result
-    return program.run(given)
+    return program.run(given, rows)

@@ -37,12 +37,14 @@ _WRITES: dict[str, Callable[[Any, Any], Any]] = {
 
 
 class GradientUse(NamedTuple):
-    """A call of ``apply_gradients``: its optimizer, the rule, the variables and their slots."""
+    """A call of ``apply_gradients`` in a trace, and what must still hold when the program runs."""
 
     optimizer: Any
     rule: int
     variables: Sequence[Any]
-    slots: Sequence[Copies]
+    slots: Any  # the optimizer's mapping of all slots
+    names: Sequence[str]
+    states: Sequence[Any]  # slots and step count of each variable
 
 
 class TracedState:
@@ -54,7 +56,7 @@ class TracedState:
         By id, the variables that the program has read or written, in their order.
     written : dict of int to Copies
         Those that it has written.
-    applications : list of GradientUse
+    gradient_uses : list of GradientUse
         The calls of ``apply_gradients``.
     uses_step : bool
         Whether the program depends on the number of the step.
@@ -70,7 +72,7 @@ class TracedState:
         self._zero = zero
         self.used: dict[int, Copies] = {}
         self.written: dict[int, Copies] = {}
-        self.applications: list[GradientUse] = []
+        self.gradient_uses: list[GradientUse] = []
         self.uses_step = False
 
     def read(self, copies: Copies) -> Any:
@@ -102,8 +104,8 @@ class TracedState:
         return self._step
 
     def coefficients(self, count: int) -> Any:
-        """Return the coefficients of the next application: a row for each of its variables."""
-        begin = sum(len(each.variables) for each in self.applications)
+        """Return the coefficients of the next use of gradients: a row for each of its variables."""
+        begin = sum(len(each.variables) for each in self.gradient_uses)
         if self._is_abstract:
             dtype = jnp.result_type(float)
             return jnp.broadcast_to(self._zero.astype(dtype), (count, 9))
