@@ -151,7 +151,7 @@ def test_eager_and_compiled_steps_alternate(strategy, variable):
         strategy.run(compiled if k % 2 else step)
         assert variable.numpy().tolist() == [2 * (k + 1)] * 3
         assert float(own) == 2 * (k + 1)
-    variable.scatter_update([0], np.float32([7]))
+    variable.scatter_add([0], np.float32([-5]))
     strategy.run(compiled)
     assert variable.numpy().tolist() == [9, 14, 14]
 
@@ -241,3 +241,36 @@ def test_batches_are_padded(strategy):
     assert totals == [10.0, 18.0]
     assert {*shapes} == {(2,)}
     assert step.traces == 1
+
+
+def test_digits_are_those_of_replicas_on_cpus(tpus, jax):
+    datasets = pytest.importorskip("sklearn.datasets")
+    pixels, digits = datasets.load_digits(return_X_y=True)
+    data = dv.Dataset.from_arrays(
+        (np.float32(pixels / 16), np.eye(10, dtype=np.float32)[digits])
+    ).batch(200, drop_remainder=True)
+
+    def train(strategy, xp, compiled):
+        with strategy.scope():
+            hidden = dv.Variable(0.1 * np.sin(np.arange(64 * 20.0, dtype="f4")).reshape(64, 20))
+            out = dv.Variable(0.1 * np.cos(np.arange(200.0, dtype=np.float32)).reshape(20, 10))
+        sgd = dv.optimizers.SGD(0.5, momentum=0.5)
+
+        def step(x, y):
+            h = xp.tanh(x @ hidden.read_value())
+            scores = xp.exp(h @ out.read_value())
+            slope = (scores / scores.sum(1, keepdims=True) - y) / np.float32(len(x))
+            back = (slope @ out.read_value().T) * (1 - h * h)
+            sgd.apply_gradients([(h.T @ slope, out), (x.T @ back, hidden)])
+
+        run = strategy.jit(step) if compiled else step
+        for _ in range(3):
+            for batch in strategy.distribute_dataset(data):
+                strategy.run(run, batch)
+        return np.concatenate([hidden.numpy().ravel(), out.numpy().ravel()])
+
+    with dv.MirroredStrategy(2) as on_cpus:
+        expected = train(on_cpus, np, False)
+    for compiled in (False, True):
+        found = train(tpus(2), jax.numpy, compiled)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
