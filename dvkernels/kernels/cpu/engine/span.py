@@ -100,17 +100,16 @@ class _SpanEmitter:
     def body_of(self, offset: Any, lanes: int, sources: list[Any], targets: list[Any]) -> None:
         """Emit the same, of two vectors, for arrays whose addresses are in registers."""
         numbers, shifts = self.numbers, self._shifts(lanes, 2)
-        totals: list[Any] = []
-        for base in sources:
-            values = [numbers.load(each, lanes) for each in self._pointers(base, offset, shifts)]
-            totals = (
-                [
-                    numbers.combine(self.operation, total, value)
-                    for total, value in zip(totals, values, strict=True)
-                ]
-                if totals
-                else values
-            )
+
+        def read(base: Any) -> list[Any]:
+            return [numbers.load(each, lanes) for each in self._pointers(base, offset, shifts)]
+
+        totals = read(sources[0])
+        for base in sources[1:]:
+            totals = [
+                numbers.combine(self.operation, total, value)
+                for total, value in zip(totals, read(base), strict=True)
+            ]
         totals = self._divided(totals)
         for base in targets:
             for total, pointer in zip(totals, self._pointers(base, offset, shifts), strict=True):
