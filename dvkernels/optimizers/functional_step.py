@@ -176,7 +176,8 @@ def coefficients_now(uses: Sequence[GradientUse]) -> list[update_rules.Coefficie
 def count_steps(uses: Sequence[GradientUse]) -> None:
     """Count a step of each variable of each use."""
     for use in uses:
-        use.optimizer.count_steps(use.states)
+        most = 1 + max(int(state.steps) for state in use.states)
+        use.optimizer.count_steps(use.states, most)
 
 
 def clipped(gradients: Sequence[Any], limit: float) -> tuple[list[Any], Any]:

@@ -248,7 +248,7 @@ class Optimizer(OptimizerState):
         steps = [int(each.steps) for each in variable_states]
         if variables[0].owner.memory.is_immutable:
             self._take_functional_step(variables, columns, op, steps)
-            self.count_steps(variable_states)
+            self.count_steps(variable_states, max(steps) + 1)
             return
         states = [[copies_of(variable) for variable in variables]]
         states += [[copies_of(each.slots[name]) for each in variable_states] for name in names]
@@ -266,7 +266,7 @@ class Optimizer(OptimizerState):
             is_checked=is_checked,
             **weighting,
         )
-        self.count_steps(variable_states)
+        self.count_steps(variable_states, max(steps) + 1)
 
     def _take_functional_step(
         self, variables: list[Variable], columns: Columns, op: Reduction, steps: list[int]
@@ -281,11 +281,11 @@ class Optimizer(OptimizerState):
         contents = functional_step.new_contents(owner, rule, columns, states, op)
         rebind([copies for each in states for copies in each], contents)
 
-    def count_steps(self, states: Sequence[VariableState]) -> None:
-        """Count a step of each of these variables."""
+    def count_steps(self, states: Sequence[VariableState], most: int) -> None:
+        """Count a step of each of these variables; ``most`` is the largest count afterwards."""
         for each in states:
             each.steps[...] += 1
-        self._iterations = max(self._iterations, *(int(each.steps) for each in states))
+        self._iterations = max(self._iterations, most)
 
 
 _first_steps = TableServer(())  # the slots of one variable after another are made
