@@ -13,6 +13,8 @@ VERBS = {
     "bench-input": "peers.bench_input",
     "bench-checkpoint": "peers.bench_checkpoint",
     "bench-workers": "peers.bench_workers",
+    "record-limits": "peers.record_limits",
+    "check-limits": "peers.check_limits",
 }
 
 

@@ -15,10 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from peers.machine import settle_allocator
 from peers.registry import Peer
 from peers.worker import Worker, end_all
-
-from programs.machine import settle_allocator
 
 __all__ = ["AllCores", "serve"]
 

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import threadpoolctl
+from peers.machine import settle_allocator
 
 from dvkernels.benchmarks.stopwatch import Samples, alternate
-from dvkernels.errors import DvKernelsError
+from dvkernels.errors import DvKernelsError, WorkerLostError
 from dvkernels.profiler.core_usage import CoreUsage
+from programs import other_processes
 from programs.all_cores import AllCores
-from programs.machine import settle_allocator
+from programs.other_processes import Measured
 from programs.program import ALL_CORES, OURS, Neighbour, Program
 
 __all__ = ["Comparison", "DifferentResultError", "compare"]
@@ -81,18 +83,48 @@ def _of_rounds(samples: Samples | None, reference: Samples | None) -> dict[str, 
     return {"median": ratios.median, "quartiles": list(ratios.quartiles)}
 
 
-def compare(program: Program, replicas: int, num_rounds: int, cores: AllCores) -> Comparison:
-    """Check that all ways have one result, then time them in turn."""
+def compare(
+    program: Program,
+    replicas: int,
+    num_rounds: int,
+    cores: AllCores,
+    pythons: Mapping[str, str] | None = None,
+) -> Comparison:
+    """Check that all ways have one result, then time them in turn.
+
+    ``pythons`` has the interpreters of peers with an environment of their own.
+    """
     replicas = program.replicas or replicas
+    with contextlib.ExitStack() as stack:
+        return _compare(program, replicas, num_rounds, cores, pythons or {}, stack)
+
+
+def _compare(
+    program: Program,
+    replicas: int,
+    num_rounds: int,
+    cores: AllCores,
+    pythons: Mapping[str, str],
+    stack: contextlib.ExitStack,
+) -> Comparison:
     settle_allocator()
     data = program.make(**program.sizes)
-    skipped = {each.name: why for each in program.neighbours if (why := each.why_skipped())}
+    skipped = {each.name: why for each in program.neighbours if (why := each.why_skipped(pythons))}
     chosen = [each for each in program.neighbours if each.name not in skipped]
+    # Processes of peers live through all rounds: they take seconds to start, and sleep meanwhile.
+    peers = {
+        each.name: stack.enter_context(other_processes.started(each.peer, pythons, data, replicas))
+        for each in chosen
+        if each.peer
+    }
     # Made once, after all libraries are loaded: it then sets their threads within microseconds.
     controller = threadpoolctl.ThreadpoolController()
 
     @contextlib.contextmanager
     def ready(neighbour: Neighbour) -> Any:
+        if neighbour.write is None:
+            yield peers[neighbour.name]
+            return
         threads = replicas if neighbour.is_threaded_blas else 1
         write = contextlib.contextmanager(neighbour.write)
         with controller.limit(limits=threads, user_api="blas"), write(data, replicas) as run:
@@ -100,15 +132,23 @@ def compare(program: Program, replicas: int, num_rounds: int, cores: AllCores) -
 
     results = {}
     for neighbour in chosen:
-        with ready(neighbour) as run:
-            results[neighbour.name] = program.digest(run())
+        try:
+            with ready(neighbour) as run:
+                results[neighbour.name] = program.digest(_result_of(run()))
+        except WorkerLostError as error:
+            if neighbour.write is not None:
+                raise
+            skipped[neighbour.name] = str(error)
+    chosen = [each for each in chosen if each.name in results]
     differences = _differences(program, results, {e.name for e in chosen if e.is_landmark})
     units = program.units(program.sizes)
 
     def timer_of(neighbour: Neighbour) -> Callable[[], float]:
         def timer() -> float:
             with ready(neighbour) as run:
-                program.consume(run())  # starts threads, fills caches
+                found = program.consume(run())  # starts threads, fills caches
+                if isinstance(found, Measured):
+                    return found.seconds / units
                 started = time.perf_counter()
                 program.consume(run())
                 return (time.perf_counter() - started) / units
@@ -125,6 +165,10 @@ def compare(program: Program, replicas: int, num_rounds: int, cores: AllCores) -
     usage = CoreUsage()
     samples = alternate(timers, num_rounds)
     return Comparison(program, replicas, samples, differences, skipped, usage.share_of_others())
+
+
+def _result_of(found: Any) -> Any:
+    return found.result if isinstance(found, Measured) else found
 
 
 def _differences(

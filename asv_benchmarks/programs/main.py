@@ -9,7 +9,7 @@ from dvkernels.cli import main as command_line
 
 __all__ = ["VERBS", "main"]
 
-VERBS = {"run": "programs.run", "table": "programs.table"}
+VERBS = {"run": "programs.run", "table": "programs.table", "plot": "programs.plot"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dvkernels.benchmarks.stopwatch import Samples, ratio
+from programs import other_processes
 
 __all__ = [
     "ALL_CORES",
@@ -19,6 +20,7 @@ __all__ = [
     "Program",
     "at_most",
     "lines_of_code",
+    "lines_of_source",
     "microseconds",
     "of_possible",
     "within_quartiles",
@@ -34,26 +36,30 @@ Write = Callable[[Any, int], Iterator[Callable[[], Any]]]
 
 
 class Neighbour(NamedTuple):
-    """One way to write a program.
-
-    A library in an environment of its own is a function, too: it starts a ``peers.worker.Worker``
-    and yields a call that sends the worker a command.
-    """
+    """One way to write a program: a function of this process, or a peer in one of its own."""
 
     name: str
-    write: Write
+    write: Write | None = None
     is_threaded_blas: bool = False  # BLAS may use all threads; else one
     needs: str = ""  # what must be there, "module" or "module:name", or the neighbour is skipped
     is_landmark: bool = False  # other arithmetic: the result is not compared
     calls: tuple[Callable[..., Any], ...] = ()  # functions that this neighbour alone needs
+    peer: str = ""  # instead of ``write``: one of programs.other_processes.PEERS
 
     @property
     def lines(self) -> int:
         """The lines of code that this neighbour needs beside what all of them share."""
+        if self.write is None:
+            return other_processes.lines_of(self.peer, lines_of_source)
         return lines_of_code(self.write) + sum(lines_of_code(called) for called in self.calls)
 
-    def why_skipped(self) -> str | None:
-        """Return why this neighbour cannot be measured here, None if it can."""
+    def why_skipped(self, pythons: Mapping[str, str]) -> str | None:
+        """Return why this neighbour cannot be measured here, None if it can.
+
+        ``pythons`` has the interpreters of peers with an environment of their own.
+        """
+        if self.write is None:
+            return other_processes.why_skipped(self.peer, pythons)
         try:
             if self.needs:
                 pkgutil.resolve_name(self.needs)
@@ -95,6 +101,7 @@ class Program(NamedTuple):
     share: Callable[[Any, int, int], object] | None = None
     consume: Callable[[Any], object] = lambda result: result  # what the clock covers beside the run
     replicas: int | None = None  # None: as many as the command is told
+    needs: tuple[str, ...] = ()  # packages without which there are no data
 
 
 def of_possible(limit: float) -> Goal:
@@ -134,9 +141,14 @@ def lines_of_code(function: Callable[..., Any]) -> int:
     Comments, blank lines and the docstring do not count, nor do the lines that serve the stopwatch:
     the ``def`` of the function, ``def program()`` and ``yield program``.
     """
-    source = textwrap.dedent(inspect.getsource(function))
-    (parsed,) = ast.parse(source).body
-    assert isinstance(parsed, ast.FunctionDef)
+    return lines_of_source(textwrap.dedent(inspect.getsource(function)), function.__name__)
+
+
+def lines_of_source(source: str, name: str) -> int:
+    """Count the lines of a function in a source, as :func:`lines_of_code`."""
+    functions = (each for each in ast.parse(source).body if isinstance(each, ast.FunctionDef))
+    parsed = next(each for each in functions if each.name == name)
     body = parsed.body[1:] if ast.get_docstring(parsed) else parsed.body
-    lines = (line.split("#")[0].strip() for line in source.splitlines()[body[0].lineno - 1 :])
-    return sum(bool(line) and not line.startswith(_OF_THE_STOPWATCH) for line in lines)
+    lines = source.splitlines()[body[0].lineno - 1 : parsed.end_lineno]
+    stripped = (line.split("#")[0].strip() for line in lines)
+    return sum(bool(line) and not line.startswith(_OF_THE_STOPWATCH) for line in stripped)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from programs import batches, bootstrap, logistic, moments, pictures, step, sweep
+from programs import batches, bootstrap, logistic, moments, network, pictures, step, sweep
 from programs.program import Program
 
 __all__ = ["PROGRAMS"]
@@ -12,6 +12,7 @@ __all__ = ["PROGRAMS"]
 PROGRAMS: Mapping[str, Program] = {
     program.name: program
     for program in (
+        *network.PROGRAMS,
         logistic.PROGRAM,
         batches.PROGRAM,
         bootstrap.PROGRAM,

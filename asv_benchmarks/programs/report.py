@@ -53,7 +53,8 @@ def markdown(found: Record) -> str:
             rows.append(("", verdict, goal["goal"], f"{goal['value']:.4g}", ""))
         rows += [("", name, f"skipped: {why}", "", "") for name, why in record["skipped"].items()]
     head, *body = (f"| {' | '.join(row)} |".replace(" us ", " µs ") for row in rows)
-    packages = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    versions = {**found["versions"], **found.get("peers", {})}
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
     below = [
         f"{found['machine']}; {packages}, {found['blas']}; {found['date']}, commit "
         f"{found['commit']}; {counted(found['rounds'], 'alternating round')}",

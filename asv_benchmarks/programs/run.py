@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+from importlib.util import find_spec
+
+from peers import machine, registry
 
 from dvkernels.cli import argument_types, output_paths
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError
 from dvkernels.profiler import atomic_file
-from programs import machine, report
+from programs import other_processes, report
 from programs.all_cores import AllCores
 from programs.registry import PROGRAMS
 
@@ -33,12 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=argument_types.positive,
         help="replicas, and threads of the other ways (default: one per usable core)",
     )
+    parser.add_argument(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="PEER=PATH",
+        help=f"interpreter of the environment of a peer ({', '.join(other_processes.PEERS)}; "
+        "default: this one)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results there as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print the programs."""
-    if importlib.util.find_spec("threadpoolctl") is None:
+    if find_spec("threadpoolctl") is None:
         raise AlgorithmError(
             "programs: needs threadpoolctl, which sets the threads of BLAS; install the bench "
             "extra: python -m pip install 'dvkernels[bench]'"
@@ -53,12 +63,21 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         output_paths.file("--json", arguments.json)
     replicas = arguments.replicas or cpu.usable_cores()
-    about = {**machine.about(), "rounds": arguments.rounds}
+    pythons = registry.interpreters("programs", arguments.peer_python, other_processes.PEERS)
+    about = {
+        **machine.about(),
+        "peers": other_processes.versions(pythons),
+        "rounds": arguments.rounds,
+    }
     print("# " + ", ".join(f"{key}: {value}" for key, value in about.items()))
     records = []
     with AllCores(replicas) as cores:
         for name in arguments.programs or PROGRAMS:
-            found = compare(PROGRAMS[name], replicas, arguments.rounds, cores)
+            missing = [each for each in PROGRAMS[name].needs if find_spec(each) is None]
+            if missing:
+                print(f"# {name} skipped: {', '.join(missing)} is not installed")
+                continue
+            found = compare(PROGRAMS[name], replicas, arguments.rounds, cores, pythons)
             records.append(found.as_record())
             print(report.text(records[-1]), flush=True)
     if arguments.json is not None:

@@ -9,19 +9,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import all_cores, comparison, main, mapped, program, report, run
+from programs import (
+    all_cores,
+    comparison,
+    main,
+    mapped,
+    network,
+    other_processes,
+    plot,
+    program,
+    report,
+    run,
+)
 from programs.registry import PROGRAMS
 
+import dvkernels as dv
 from dvkernels.benchmarks.stopwatch import Samples
 
 SMALL = {
     "rows": 120, "columns": 4, "size": 50, "epochs": 2, "resamples": 5, "oscillators": 10,
     "couplings": 5, "pictures": 3, "pixels": 9, "blocks": 5, "length": 100, "calls": 2,
+    "hidden": 8, "batch": 4000,
 }  # fmt: skip
-COMPILED = [  # Numba compiles these for seconds
-    pytest.param(name, marks=pytest.mark.wide) for name in ("sweep", "pictures", "moments")
-]
-OTHERS = [name for name in PROGRAMS if name not in ("sweep", "pictures", "moments")]
+LONG = ("digits", "sweep", "pictures", "moments")  # to compile, or to load
+COMPILED = [pytest.param(name, marks=pytest.mark.wide) for name in LONG]
+OTHERS = [name for name in PROGRAMS if name not in (*LONG, "digits-1024")]
+ABSENT = dict.fromkeys(other_processes.PEERS, "/no/such/python")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "explanation" / "programs.md"
 
 
@@ -39,7 +52,7 @@ def cores():
 @pytest.mark.parametrize("name", [*OTHERS, *COMPILED])
 def test_every_way_has_the_same_result_and_a_time(name, cores):
     pytest.importorskip("joblib")
-    found = comparison.compare(small(name), 2, 2, cores).as_record()
+    found = comparison.compare(small(name), 2, 2, cores, ABSENT).as_record()
     json.dumps(found)
     measured = {way["name"] for way in found["ways"]}
     known = {each.name for each in PROGRAMS[name].neighbours}
@@ -61,6 +74,83 @@ def test_a_wrong_result_is_an_error(cores):
     broken = broken._replace(neighbours=(broken.neighbours[0], program.Neighbour("wrong", wrong)))
     with pytest.raises(comparison.DifferentResultError, match="the result of wrong differs"):
         comparison.compare(broken, 2, 1, cores)
+
+
+def random_digits(**sizes):
+    """Return random images of two classes in place of the digits."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.standard_normal((60, 64), np.float32), rng.integers(0, 2, 60)
+    rows = list(network._batches(dv.Dataset.range(60), 20, 2))
+    weights = network.mlp.initial_weights(8, "float32", 0)
+    return network.Training(images, labels, np.stack(rows), weights, 2)
+
+
+def digits_beside(*others):
+    """Return the training of a small network by NumPy and by others."""
+    chosen = PROGRAMS["digits"]
+    neighbours = (chosen.neighbours[0], *others)
+    return chosen._replace(
+        neighbours=neighbours, make=random_digits, units=lambda sizes: 6, goals=(), share=None
+    )
+
+
+def test_replicas_train_as_numpy_does():
+    ours = [each for each in PROGRAMS["digits"].neighbours if each.name.startswith(program.OURS)]
+    assert len(ours) == 2
+    found = comparison.compare(digits_beside(*ours), 2, 1, None)
+    assert found.differences.keys() == found.samples.keys()
+    assert max(found.differences.values()) <= 1e-6
+
+
+@pytest.mark.parametrize("name", other_processes.PEERS)
+@pytest.mark.wide
+def test_another_library_has_the_same_result(name):
+    if why := other_processes.why_skipped(name, {}):
+        pytest.skip(why)
+    chosen = digits_beside(program.Neighbour("beside", peer=name))
+    found = comparison.compare(chosen, 2, 2, None)
+    assert found.skipped == {}
+    assert found.differences["beside"] <= chosen.tolerance
+    assert min(found.samples["beside"].seconds) > 0
+
+
+WORKER = """
+import program_server
+
+def write(data):
+    weights = program_server.layers(data["weights"])
+    yield lambda: [{result}]
+
+program_server.serve(write)
+"""
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [("each * 0 for each in weights", "differs"), ("1 / 0 for _ in weights", "ZeroDivisionError")],
+)
+def test_a_peer_is_checked_and_its_failure_reported(result, words, monkeypatch, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(result=result))
+    fake = other_processes.PEERS["jax"]._replace(package="numpy", script=str(script))
+    monkeypatch.setattr(other_processes, "PEERS", {"fake": fake})
+    chosen = digits_beside(program.Neighbour("beside", peer="fake"))
+    assert chosen.neighbours[1].lines == 2
+    if words == "differs":
+        with pytest.raises(comparison.DifferentResultError, match="the result of beside differs"):
+            comparison.compare(chosen, 2, 1, None)
+    else:
+        found = comparison.compare(chosen, 2, 1, None)
+        assert words in found.skipped["beside"]
+        assert "beside" not in found.samples
+
+
+def test_peers_that_are_absent_are_named():
+    chosen = digits_beside(*(each for each in PROGRAMS["digits"].neighbours if each.peer))
+    text = report.text(comparison.compare(chosen, 2, 1, None, ABSENT).as_record())
+    for name in other_processes.PEERS:
+        assert f"--peer-python {name}=PATH" in text
+    assert other_processes.versions(ABSENT) == dict.fromkeys(ABSENT, "absent")
 
 
 @pytest.mark.parametrize("needs", ["no_such_package", "numpy:no_such_name"])
@@ -128,6 +218,10 @@ def test_the_command_writes_what_the_table_is_made_from(cores, monkeypatch, tmp_
         assert part in out.lower()
     assert main.main(["table", found]) == 0
     table = capsys.readouterr().out
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n| program | way |\n|---|---|\n\nOld words.\n\nMore.\n")
+    assert main.main(["table", found, "--page", str(page)]) == 0
+    assert page.read_text() == f"# Page\n\n{table}\nMore.\n"
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert {row.count("|") for row in rows} == {6}
     assert "**dvkernels**" in table
@@ -135,7 +229,15 @@ def test_the_command_writes_what_the_table_is_made_from(cores, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize(
-    "arguments", [["no-such-program"], ["--json", "/proc/no/such.json"], ["table", __file__]]
+    "arguments",
+    [
+        ["no-such-program"],
+        ["--json", "/proc/no/such.json"],
+        ["--peer-python", "horovod=python"],
+        ["table", __file__],
+        ["table", str(PAGE.parent / "data" / "programs.json"), "--page", __file__],
+        ["plot", __file__, "/proc/no/such.svg"],
+    ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, capsys):
     assert main.main(arguments) == 2
@@ -153,5 +255,19 @@ def test_the_page_shows_the_table_of_its_data():
     data = PAGE.parent / "data" / "programs.json"
     if not data.exists():
         pytest.skip("not measured yet")
-    table = report.markdown(json.loads(data.read_text(encoding="utf-8")))
-    assert table in PAGE.read_text(encoding="utf-8")
+    found = json.loads(data.read_text(encoding="utf-8"))
+    page = PAGE.read_text(encoding="utf-8")
+    assert report.markdown(found) in page
+    assert "(programs.svg)" in page
+    assert plot.source_of(found) in PAGE.with_name("programs.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.wide
+def test_the_plot_has_every_way_of_its_data(tmp_path):
+    pytest.importorskip("matplotlib")
+    data, drawn = PAGE.parent / "data" / "programs.json", tmp_path / "programs.svg"
+    assert main.main(["plot", str(data), str(drawn)]) == 0
+    found, figure = json.loads(data.read_text()), drawn.read_text()
+    for record in found["results"]:
+        assert all(way["name"] in figure for way in record["ways"])
+    assert plot.source_of(found) in figure

@@ -13,6 +13,7 @@ from dvkernels.launcher import commands
 from dvkernels.launcher.job_description import HostSlots, Job
 
 FLAVOURS = {flavour.name: flavour for flavour in commands.FLAVOURS}
+KEPT = {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 # Recorded output of --version, and the kind of the launcher.
 VERSIONS = {
     "mpiexec (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/": (
@@ -140,9 +141,14 @@ def test_the_mpi_operators_variables_are_renamed_for_open_mpi_5():
     assert "PRTE_MCA_prte_default_hostfile" not in own
 
 
+@pytest.mark.parametrize("chosen", [*KEPT, "GLIBC_TUNABLES"])
+def test_workers_keep_freed_memory_unless_the_user_has_chosen(chosen):
+    assert commands.environment(None, {}).items() >= KEPT.items()
+    assert commands.environment(None, {chosen: "1"}).keys().isdisjoint(KEPT)
+
+
 def test_threads_are_set_unless_the_user_has_set_them():
-    assert set(commands.environment(None, {})) == {"PYTHONUNBUFFERED"}
-    added = commands.environment(3, {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""})
+    added = commands.environment(3, {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "", **KEPT})
     assert set(added.values()) == {"3"}
     assert "DVKERNELS_NUM_THREADS" in added
     assert "OMP_NUM_THREADS" not in added

@@ -25,8 +25,8 @@ from dvkernels.kernels.cpu.engine.job_layout import (
     HEADER_WORDS,
     ITEM_WORDS,
     MOST_QUEUES,
-    OUT_OF_CACHE_NBYTES,
     ROW_WORDS,
+    STREAMED_NBYTES,
     Item,
     JobHeader,
     Row,
@@ -69,7 +69,7 @@ def _prepare(views, recipe_address, job_address, num_sources, segment_nbytes):  
                 return _DECLINED  # two arrays overlap
     moved = (num_sources + num_targets) * nbytes
     recipe.cut(job, constants, length, count, moved)
-    if has_targets and moved >= OUT_OF_CACHE_NBYTES // 2:
+    if has_targets and moved >= STREAMED_NBYTES:
         job.in_memory = 2
     item.length = length
     is_ring = segment_nbytes > 0

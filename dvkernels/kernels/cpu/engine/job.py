@@ -18,9 +18,10 @@ from dvkernels.kernels.cpu.engine.job_layout import (
     HEADER_WORDS,
     ITEM_WORDS,
     MOST_QUEUES,
-    OUT_OF_CACHE_NBYTES,
     PIECE_NBYTES,
+    PREFETCHED_NBYTES,
     ROW_WORDS,
+    STREAMED_NBYTES,
     JobHeader,
     Row,
     counters_after,
@@ -135,15 +136,13 @@ def lay_out_sum(buffers: Sequence[HostArray], piece_length: int, runner: int) ->
 
 def _in_memory(moved: int, program: Program) -> int:
     """Return the argument ``in_memory`` of ``span`` for a job that moves so many bytes."""
-    if moved < OUT_OF_CACHE_NBYTES // 2:
-        return 0
     # A store to a line that is in no cache reads it first, unless it is a streaming store. With
     # new results (4 replicas of 64 MiB) a broadcast reached 0.59 of the memory bandwidth and an
     # all-reduce with out 0.66; with streaming stores 0.77 and 0.86 (medians of 9, 2 cores of an
     # AMD EPYC, 2026-11).
     if program.first_write == program.num_reads:
-        return 2
-    return int(moved >= OUT_OF_CACHE_NBYTES)
+        return 2 * (moved >= STREAMED_NBYTES)
+    return int(moved >= PREFETCHED_NBYTES)
 
 
 def _lay_out(

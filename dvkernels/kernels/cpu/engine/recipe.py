@@ -14,8 +14,8 @@ from dvkernels.kernels import arithmetic, checks, jit
 from dvkernels.kernels.cpu.engine import array_structs, loops, records, thread_pool
 from dvkernels.kernels.cpu.engine.job_layout import (
     MOST_QUEUES,
-    OUT_OF_CACHE_NBYTES,
     PIECE_NBYTES,
+    PREFETCHED_NBYTES,
 )
 from dvkernels.reduce_op import ReduceOp, Reduction
 
@@ -89,6 +89,6 @@ def cut(job, recipe, length, num_arrays, moved):  # type: ignore[no-untyped-def]
         target_nbytes = max(4096, min(PIECE_NBYTES // num_arrays, length * recipe.itemsize // 4))
         job.piece_length = (target_nbytes & -128) // recipe.itemsize
         job.num_queues = min(recipe.num_threads, MOST_QUEUES)
-    job.in_memory = np.int64(moved >= OUT_OF_CACHE_NBYTES)
+    job.in_memory = np.int64(moved >= PREFETCHED_NBYTES)
     job.num_arrays = num_arrays
     job.runner = recipe.runner

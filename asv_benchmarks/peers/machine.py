@@ -14,7 +14,7 @@ import numpy as np
 from dvkernels._version import __version__
 from dvkernels.devices import cpu
 
-__all__ = ["about", "settle_allocator"]
+__all__ = ["about", "commit_date", "settle_allocator"]
 
 _PACKAGES = ("numpy", "numba", "scikit-learn", "joblib", "threadpoolctl")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -58,15 +58,30 @@ def _version(package: str) -> str | None:
         return None
 
 
+def commit_date(commit: str) -> str | None:
+    """Return when a commit was made, in UTC; None for one that is not of this clone."""
+    seconds = _git("show", "-s", "--format=%ct", commit.removesuffix("-dirty"))
+    if not seconds:
+        return None
+    return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).isoformat()
+
+
 def _commit() -> str:
-    command = ("git", "describe", "--always", "--dirty", "--exclude=*")
+    """Return the commit; it is called dirty if a source has changed, not for new results."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", ":/dvkernels", ":/asv_benchmarks/**.py")
+    return f"{commit}-dirty" if commit and changed else commit or "unknown"
+
+
+def _git(*words: str) -> str:
+    """Return what git prints, empty where it fails or there is none."""
     try:
         found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+            ("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True, check=False
         )
     except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+        return ""
+    return found.stdout.strip()
 
 
 def _processor() -> str:
@@ -74,5 +89,10 @@ def _processor() -> str:
         lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "an unknown processor")
+    pairs = (line.partition(":") for line in lines)
+    values = {key.strip(): value.strip() for key, _, value in pairs}  # of the last core
+    if "model name" not in values:
+        return platform.processor() or "an unknown processor"
+    numbers = [("family", values.get("cpu family")), ("model", values.get("model"))]
+    family = ", ".join(f"{name} {number}" for name, number in numbers if number)
+    return values["model name"] + (f" ({family})" if family else "")
