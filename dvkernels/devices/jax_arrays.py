@@ -132,7 +132,8 @@ class _JaxMemory:
         return isinstance(array, np.ndarray) and array.flags.writeable
 
     def kept_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
-        return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+        kept: np.dtype[Any] = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+        return kept
 
     def apply(self, function: Callable[..., Any], array: Any, *others: Any) -> Any:
         return _bare(function(*map(_operand, (array, *others))))

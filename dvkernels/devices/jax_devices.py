@@ -58,26 +58,43 @@ def own(device: Device) -> Any:
     return _found(device.kind.partition(":")[2])[device.index]
 
 
-@functools.cache
-def mesh(devices: tuple[Device, ...]) -> Any:
-    """Return the mesh of replicas on these devices; each must have a device of its own."""
+def num_processes() -> int:
+    """Return the number of processes of ``jax.distributed``; 1 without it."""
+    return int(_jax().process_count())
+
+
+def mesh(
+    devices: Sequence[Device], exchange: Callable[[Any], list[Any]] = lambda own: [own]
+) -> Any:
+    """Return the mesh of all replicas, worker by worker; each must have a device of its own.
+
+    ``exchange`` returns the messages of all workers, each of which calls this with its own devices.
+    """
     if len(set(devices)) < len(devices):
         named = ", ".join(map(str, devices))
         raise DeviceError(
             f"each replica over JAX needs a device of its own, and some of these are equal: "
             f"{named}; on CPUs, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8 devices"
         )
-    return _jax().sharding.Mesh(np.array([own(device) for device in devices]), (AXIS,))
+    platform = devices[0].kind.partition(":")[2]
+    numbers = exchange([own(device).id for device in devices])
+    return _mesh(platform, tuple(number for each in numbers for number in each))
 
 
 @functools.cache
-def replicated(devices: tuple[Device, ...]) -> Any:
+def _mesh(platform: str, numbers: tuple[int, ...]) -> Any:
+    found = {device.id: device for device in _jax().devices(platform)}
+    return _jax().sharding.Mesh(np.array([found[number] for number in numbers]), (AXIS,))
+
+
+@functools.cache
+def replicated(mesh: Any) -> Any:
     """Return the sharding of an array with a whole copy on each device.
 
     The copies may differ as long as nobody but a ``shard_map`` with ``check_vma=False`` sees them.
     """
     sharding = _jax().sharding
-    return sharding.NamedSharding(mesh(devices), sharding.PartitionSpec())
+    return sharding.NamedSharding(mesh, sharding.PartitionSpec())
 
 
 class DefaultDevices:

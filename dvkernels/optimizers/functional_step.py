@@ -38,17 +38,17 @@ def new_contents(
 
     ``columns[k]`` holds the replicas' gradients of variable k, or one for all of them.
     """
-    devices = owner.replica_devices
-    is_reduced = len(columns[0]) > 1 or len(devices) == 1
-    program = _program(jax_devices.mesh(devices), rule[0], op if is_reduced else None)
+    devices, mesh = owner.replica_devices, owner.mesh
+    # Over several workers they have been reduced before.
+    is_reduced = mesh.size == 1 or (len(columns[0]) > 1 and owner.workers.size == 1)
+    program = _program(mesh, rule[0], op if is_reduced else None)
     own = [jax_devices.own(device) for device in devices]
     whole = []
     for column in columns:
         each = column if len(column) == len(devices) else [column[0]] * len(devices)
-        whole.append(shard_map.assembled([*map(jax.device_put, each, own)], devices))
+        whole.append(shard_map.assembled([*map(jax.device_put, each, own)], mesh))
     wholes: list[list[Any]] = [[copies.whole for copies in each] for each in states]  # type: ignore[attr-defined]
-    with shard_map.launching:
-        made = program(whole, wholes, padded(rule[1]))
+    made = shard_map.launch(functools.partial(program, whole, wholes, padded(rule[1])))
     return [content for each in made for content in each]
 
 
@@ -81,9 +81,10 @@ def _stepped(rule: int, gradients: Sequence[Any], states: States, rows: Any) -> 
 def _new_states(gradient: Any, rule: int, coefficients: Any, parameter: Any, *slots: Any) -> Any:
     numbers = [coefficients[k] for k in range(update_rules.NUM_COEFFICIENTS)]
     if rule == update_rules.ADAM:
-        return [*update_rules.adam_step(gradient, parameter, *slots, numbers)]
+        first, second = slots
+        return [*update_rules.adam_step(gradient, parameter, first, second, numbers)]
     if rule == update_rules.ADAGRAD:
-        return [*update_rules.adagrad_step(gradient, parameter, *slots, numbers)]
+        return [*update_rules.adagrad_step(gradient, parameter, slots[0], numbers)]
     velocity = slots[0] if slots else None
     return [*update_rules.sgd_step(rule, gradient, parameter, velocity, numbers)][: 1 + len(slots)]
 

@@ -12,7 +12,7 @@ from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
 from dvkernels.context import Frame
 from dvkernels.data.distributed.dataset import EpochCounts
-from dvkernels.devices import array_memory, registry
+from dvkernels.devices import array_memory, jax_devices, registry
 from dvkernels.devices.device import Device
 from dvkernels.devices.jax_devices import DefaultDevices
 from dvkernels.devices.replica_streams import StreamOrder
@@ -142,9 +142,13 @@ class Strategy(
                 f"JAX have one for each device: use dv.TPUStrategy"
             )
         self._traces = TraceCounter()
-        workers = communicators.for_any_memory(workers, memory is not array_memory.HOST)
+        mesh = None
+        if memory.is_immutable:
+            mesh = jax_devices.mesh(resolved, workers.exchange)
+        else:
+            workers = communicators.for_any_memory(workers, memory is not array_memory.HOST)
         counts, between_all, background = communicators.between_all(
-            resolved, communicator, workers, bytes_per_bucket
+            resolved, communicator, workers, bytes_per_bucket, mesh
         )
         name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
         if workers.size > 1:
@@ -158,6 +162,7 @@ class Strategy(
             workers=workers,
             replicas_of_workers=tuple(counts),
             background_communicator=background,
+            all_devices=mesh,
         )
         announce = workers.announce if workers.size > 1 else None
         on_host = self._placement.memory is array_memory.HOST

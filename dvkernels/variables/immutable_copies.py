@@ -17,7 +17,7 @@ from dvkernels.variables.copies import Copies
 
 __all__: list[str] = []
 
-_own_write = threading.Lock()  # replicas of one step write their own copies at the same time
+_own_write = threading.RLock()  # replicas of one step write their own copies at the same time
 
 
 class ImmutableCopies(Copies):
@@ -40,11 +40,12 @@ class ImmutableCopies(Copies):
     def arrays(self) -> tuple[Array, ...]:  # type: ignore[override]
         """One array per device; nobody can write them."""
         content = self.content
-        if type(content) is tuple:
-            return content
-        return self._made_of(content, _taken_apart)
+        arrays: tuple[Array, ...] = content
+        if type(content) is not tuple:
+            arrays = self._made_of(content, _taken_apart)
+        return arrays
 
-    views = arrays  # type: ignore[assignment]
+    views = arrays
 
     @property
     def whole(self) -> Any:
@@ -64,7 +65,7 @@ class ImmutableCopies(Copies):
     def _assembled(self, arrays: tuple[Array, ...]) -> Any:
         from dvkernels.communicators.jax import shard_map
 
-        return shard_map.assembled(arrays, self.placement.copy_devices)
+        return shard_map.assembled(arrays, self.placement.mesh)
 
     def scratch(self) -> None:
         """Return None: the result of a write is a new array."""
@@ -84,9 +85,15 @@ class ImmutableCopies(Copies):
             debugging.check_finite(f"the new content of variable {self.name!r}", [value])
         index = self.index_of(rank)
         new = self.memory.new(value, self.placement.copy_devices[index])
-        with _own_write:
+        try:
+            _own_write.acquire()
             arrays = self.arrays
             self.content = (*arrays[:index], new, *arrays[index + 1 :])
+        finally:
+            try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+                _own_write.release()
+            except RuntimeError:  # not ours
+                pass
 
 
 def _taken_apart(whole: Any) -> tuple[Array, ...]:

@@ -282,7 +282,7 @@ def _concatenated(copies: Copies, parts: Sequence[Updates]) -> Updates:
 
 
 def _changed(
-    array: Any, accumulate: Callable[..., None], verb: str, given: Updates, divisor: int
+    array: Any, accumulate: Callable[..., Any], verb: str, given: Updates, divisor: int
 ) -> tuple[HostArray, Any]:
     """Return the rows that change and their new content; ``array`` is unchanged."""
     if verb == "scatter_update":  # the last of several updates of a row wins

@@ -70,8 +70,8 @@ class TracedState:
         self._coefficients = coefficients
         self._step = step
         self._zero = zero
-        self.used: dict[int, Copies] = {}
-        self.written: dict[int, Copies] = {}
+        self.used: dict[int, Any] = {}
+        self.written: dict[int, Any] = {}
         self.gradient_uses: list[GradientUse] = []
         self.uses_step = False
 

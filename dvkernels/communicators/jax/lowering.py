@@ -40,7 +40,7 @@ def all_reduce(value: Any, op: Reduction) -> Any:
     else:
         total = lax.psum(wide, AXIS)
     if op is ReduceOp.MEAN:
-        total = total / jnp.asarray(lax.axis_size(AXIS), total.real.dtype)
+        total = total / jnp.asarray(lax.psum(1, AXIS), total.real.dtype)
     return total.astype(dtype)
 
 
@@ -84,7 +84,7 @@ def broadcast(value: Any, root: int) -> Any:
 
 def reduce_scatter(value: Any, op: Reduction) -> Any:
     """Return this replica's part of the reduction; the parts have one length."""
-    length = value.shape[0] // lax.axis_size(AXIS)
+    length = value.shape[0] // lax.psum(1, AXIS)
     if op is ReduceOp.SUM and not reduce_op.is_half(np.dtype(value.dtype)):
         return lax.psum_scatter(value, AXIS, tiled=True)
     return lax.dynamic_slice_in_dim(all_reduce(value, op), lax.axis_index(AXIS) * length, length)

@@ -175,7 +175,11 @@ class DistributedDataset(ProcessBound):
         # PerReplica parses the devices, and checks that there is one for each replica.
         replica_devices = PerReplica((None,) * num_local, devices=devices, owner=owner).devices
         copier = copier_to(replica_devices) if options.prefetch_to_device else None
-        padder = Padder() if options.pad else None
+        padder = None
+        if options.pad:
+            padder = Padder(
+                0 if share.num_workers == 1 else sharding.longest_part(dataset.node, share)
+            )
         balancer = None
         if options.balance == "measured":
             if is_dealt:

@@ -16,11 +16,12 @@ __all__: list[str] = []
 class Padder:
     """Padder of parts to the longest part so far, which is that of a full batch from the first on.
 
-    A program that is compiled for one shape so takes the last, shorter batch too.
+    A program that is compiled for one shape so takes the last, shorter batch too. ``length`` is
+    that of the longest part of a full batch, where other workers may have it.
     """
 
-    def __init__(self) -> None:
-        self._length = 0
+    def __init__(self, length: int = 0) -> None:
+        self._length = length
 
     def pad(self, nest: Any) -> tuple[Any, PerReplica[Any]]:
         """Return the parts, filled up with zeros, and for each part the weights of its rows.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import json
 
+import interrupt_points
 import numpy as np
 import pytest
 
@@ -97,6 +99,7 @@ def test_shapes_and_dtypes_trace_anew_and_the_same_ones_do_not(strategy):
         assert step.traces == traces
 
 
+@pytest.mark.wide
 def test_the_tenth_trace_of_one_place_warns(strategy):
     """Trap: what is made anew in each step is compiled in each step."""
 
@@ -177,8 +180,9 @@ def test_debug_mode_runs_the_function_itself(strategy, variable):
     assert sorted(seen) == [0, 1]
 
 
+@pytest.mark.wide
 def test_interrupts_leave_variables_whole(strategy, variable):
-    """An interrupt at every function entry and return of a step: all of it is done, or nothing."""
+    """At every point where Python looks for signals: all of the step is done, or nothing."""
     with strategy.scope():
         other = dv.Variable(np.zeros(3, np.float32), aggregation="sum")
     ones = np.ones(3, np.float32)
@@ -190,34 +194,45 @@ def test_interrupts_leave_variables_whole(strategy, variable):
     compiled = strategy.jit(step)
     for _ in range(3):
         strategy.run(compiled)
-    struck = 0
-    for point in range(10_000):
-        left = point
-
-        def strike(frame, event, argument):
-            nonlocal left
-            left -= 1
-            if left == -1:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
-
-        sys.setprofile(strike)
-        try:
-            strategy.run(compiled)
-        except KeyboardInterrupt:
-            struck += 1
-        finally:
-            sys.setprofile(None)
+    num_struck = at = 0
+    while num_struck < 200:
+        striking = interrupt_points.Striking(at)
+        with contextlib.suppress(KeyboardInterrupt):
+            striking.call(lambda: strategy.run(compiled))
+        num_struck += striking.has_struck
+        at = at + 1 if striking.has_struck else 0  # all points, and then again
         assert variable.numpy().tolist() == other.numpy().tolist()
         assert len({*variable.numpy().tolist()}) == 1
-        if left >= 0:
-            break
-    assert struck >= 100
     before = variable.numpy()
     strategy.run(compiled)
     assert (variable.numpy() == before + 2).all()
 
 
+def test_traces_have_spans_of_compiled_steps(strategy, variable, tmp_path):
+    step = strategy.jit(lambda x: variable.assign_add(x * np.ones(3, np.float32)))
+    with dv.profiler.trace(tmp_path / "run.json"):
+        for _ in range(2):
+            strategy.run(step, (1.0,))
+    events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    spans = {each["name"]: each for each in events if each["ph"] == "X"}
+    assert spans.keys() == {"run", "trace", "compile", "program"}
+    assert spans["run"]["args"]["step"] == 2
+    assert spans["program"]["dur"] <= spans["run"]["dur"]
+    assert variable.numpy().tolist() == [4, 4, 4]
+
+
+def test_results_outlive_the_donation_of_the_next_step(strategy, variable):
+    def step():
+        before = variable.read_value()
+        variable.assign_add(np.ones(3, np.float32))
+        return before, variable.read_value()
+
+    compiled = strategy.jit(step)
+    seen = [strategy.run(compiled) for _ in range(3)]
+    assert [[x[0].tolist()[0] for x in pair] for pair in seen] == [[0, 2], [2, 4], [4, 6]]
+
+
+@pytest.mark.wide
 def test_gradients_are_clipped_inside_and_outside(strategy, jax):
     def step(x):
         clipped, norm = dv.optimizers.clip_by_global_norm({"a": x, "b": [4 * x]}, 1.0)
@@ -243,6 +258,7 @@ def test_batches_are_padded(strategy):
     assert step.traces == 1
 
 
+@pytest.mark.wide
 def test_digits_are_those_of_replicas_on_cpus(tpus, jax):
     datasets = pytest.importorskip("sklearn.datasets")
     pixels, digits = datasets.load_digits(return_X_y=True)

@@ -25,11 +25,13 @@ pytestmark = pytest.mark.jax
 here = dv.get_replica_context
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_laws_of_strategies(tpus, x64, count):
     check_strategy(tpus, [count])
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", ["float32", "int32", "uint8", "float16", "bfloat16", "complex64"])
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_collectives_are_those_of_numpy(tpus, jax, dtype, count):
@@ -60,6 +62,7 @@ def test_extremes_propagate_nan(tpus, jax):
         assert np.isnan(np.asarray(tpus(2).reduce(op, values))).all()
 
 
+@pytest.mark.wide
 def test_custom_reductions_and_other_numbers(tpus, jax):
     fn = numba.njit(lambda a, b: a if a * a > b * b else b)
     larger = dv.CustomReduction(fn, 0, "larger")
@@ -67,11 +70,13 @@ def test_custom_reductions_and_other_numbers(tpus, jax):
     assert np.asarray(tpus(2).reduce(larger, values)).tolist() == [-3.0, -5.0]
 
 
+@pytest.mark.wide
 def test_new_arrays_lie_on_the_device_of_the_replica(tpus, jax):
     placed = tpus(8).run(lambda: jax.numpy.ones(2).devices())
     assert [devices for devices in placed.values] == [{device} for device in jax.devices("cpu")]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("when", ["on_write", "on_read", "none"])
 def test_checkpoints_in_both_directions(tpus, tmp_path, when):
     def make(strategy):
