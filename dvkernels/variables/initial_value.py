@@ -65,6 +65,9 @@ def initial_copies(
             f"{placement.name} keeps a single one on {placement.central_device}; use 'on_write'"
         )
     array = placement.broadcast_from_chief(array)
+    if placement.make_copies is not None:
+        made: Copies = placement.make_copies(array, placement, label, when, how)
+        return made
     return Copies([array], placement, label, when, how)
 
 

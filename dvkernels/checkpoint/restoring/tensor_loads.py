@@ -73,6 +73,10 @@ class TensorLoads:
         num_copies = 1
         if variable is not None:
             copies, num_copies = list(copies_of(variable)), variable.owner.num_replicas
+            if variable.owner.make_copies is not None:  # it lies in other processes
+                content = np.empty(variable.shape, variable.dtype)
+                copies = [content]
+                self.finish.append(functools.partial(variable.assign, content))
         if len(names) == 1:
             self._load(names[0], copies)
             if variable is not None and _is_shared_out(variable):
