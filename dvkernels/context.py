@@ -161,6 +161,7 @@ def get_strategy() -> Any:
     Returns
     -------
     Strategy
+        That of the scope or the replica in which the caller is.
 
     Examples
     --------

@@ -21,6 +21,13 @@ class ReduceOp(NamedEnum):
 
     Wherever a ``ReduceOp`` is accepted, its name in any case is accepted too.
     MIN and MAX propagate NaN; sums and products of integers wrap, as in NumPy.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import dvkernels as dv
+    >>> dv.kernels.reduce([np.array([1, 5]), np.array([4, 2])], dv.ReduceOp.MAX)
+    array([4, 5])
     """
 
     SUM = "sum"

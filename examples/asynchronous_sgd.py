@@ -1,4 +1,10 @@
-"""Asynchronous SGD on the digits: workers that do not wait for each other, and one server."""
+"""Asynchronous SGD on the digits: workers that do not wait for each other, and one server.
+
+Two threads; or processes, of which the last one serves the variables:
+``python -m dvkernels launch -n 4 --engine local asynchronous_sgd.py 1``
+"""
+
+import sys
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -6,6 +12,10 @@ from sklearn.datasets import load_digits
 import dvkernels as dv
 
 BATCH, STEPS, RATE = 32, 600, 0.1
+
+# In a job of processes all but the first one end here, when that has closed the strategy.
+how = {"num_servers": int(sys.argv[1])} if sys.argv[1:] else {"num_workers": 2}
+strategy = dv.ParameterServerStrategy(**how)
 
 pictures, numbers = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(numbers))
@@ -47,7 +57,7 @@ for batch in batches(STEPS):
     for weight, slope in zip(weights, gradients(weights, *batch), strict=True):
         weight -= RATE * slope
 
-with dv.ParameterServerStrategy(num_workers=2) as strategy:
+with strategy:
     with strategy.scope():
         variables = [dv.Variable(weight) for weight in initial_weights()]
     sgd = dv.optimizers.SGD(RATE)
@@ -62,6 +72,7 @@ with dv.ParameterServerStrategy(num_workers=2) as strategy:
         coordinator.schedule(step, (batch,))
     coordinator.join()
     reached = accuracy([variable.numpy() for variable in variables])
+    print(coordinator.stats())
 
 assert reached >= accuracy(weights) - 0.01
 print(f"accuracy on digits not seen: {accuracy(weights):.3f} in step, {reached:.3f} out of step")

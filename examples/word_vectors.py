@@ -1,6 +1,11 @@
-"""Word vectors from co-occurrence: a table of rows, sparse Adagrad, and workers out of step."""
+"""Word vectors from co-occurrence: a table of rows, sparse Adagrad, and workers out of step.
+
+Two threads; or processes, of which the last one serves the tables:
+``python -m dvkernels launch -n 4 --engine local word_vectors.py 1``
+"""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +14,10 @@ import sklearn.datasets
 import dvkernels as dv
 
 WIDTH, WINDOW, ROUNDS, BATCH = 24, 4, 12, 512
+
+# In a job of processes all but the first one end here, when that has closed the strategy.
+how = {"num_servers": int(sys.argv[1])} if sys.argv[1:] else {"num_workers": 2}
+several = dv.ParameterServerStrategy(**how)
 
 # The descriptions of the data sets that come with scikit-learn: some thousand words.
 folder = Path(sklearn.datasets.__file__).parent / "descr"
@@ -31,10 +40,10 @@ seen = np.array(list(pairs.values()))
 logarithms, importance = np.log(seen), np.minimum(1, (seen / 20) ** 0.75)
 
 
-def trained(num_workers):
+def trained(strategy):
     """Return the mean squared error of all pairs, weighted by their importance."""
     random = np.random.default_rng(0)
-    with dv.ParameterServerStrategy(num_workers=num_workers) as strategy:
+    with strategy:
         with strategy.scope():
             tables = [
                 dv.Variable(random.normal(size=(len(vocabulary), WIDTH)) / WIDTH) for _ in range(2)
@@ -43,19 +52,14 @@ def trained(num_workers):
         adagrad = dv.optimizers.Adagrad(0.1)
         coordinator = dv.ClusterCoordinator(strategy)
 
-        def errors(chosen):
-            pair = rows[chosen], columns[chosen]
+        def errors(pair, logarithm):
             vectors = [table.gather_rows(own) for table, own in zip(tables, pair, strict=True)]
             shifts = sum(offset.gather_rows(own) for offset, own in zip(offsets, pair, strict=True))
-            return (
-                pair,
-                vectors,
-                (vectors[0] * vectors[1]).sum(axis=1) + shifts - logarithms[chosen],
-            )
+            return vectors, (vectors[0] * vectors[1]).sum(axis=1) + shifts - logarithm
 
-        def step(chosen):
-            pair, vectors, error = errors(chosen)
-            slopes = importance[chosen] * error
+        def step(pair, logarithm, weight):
+            vectors, error = errors(pair, logarithm)
+            slopes = weight * error
             sparse = [
                 ((own, slopes[:, None] * vectors[1 - k]), tables[k]) for k, own in enumerate(pair)
             ]
@@ -64,14 +68,13 @@ def trained(num_workers):
 
         for _ in range(ROUNDS):
             for chosen in np.array_split(random.permutation(len(seen)), len(seen) // BATCH):
-                coordinator.schedule(step, (chosen,))
+                pair = rows[chosen], columns[chosen]
+                coordinator.schedule(step, (pair, logarithms[chosen], importance[chosen]))
             coordinator.join()
-        return np.average(errors(np.arange(len(seen)))[2] ** 2, weights=importance)
+        return np.average(errors((rows, columns), logarithms)[1] ** 2, weights=importance)
 
 
-alone, together = trained(1), trained(2)
+alone, together = trained(dv.ParameterServerStrategy(num_workers=1)), trained(several)
 assert together < 0.3 * np.average(logarithms**2, weights=importance)
 assert abs(together - alone) < 0.01
-print(
-    f"{len(vocabulary)} words; squared error with one worker {alone:.3f}, with two {together:.3f}"
-)
+print(f"{len(vocabulary)} words; squared error alone {alone:.3f}, together {together:.3f}")

@@ -36,6 +36,7 @@ class CheckpointManager(SavesInBackground):
     Parameters
     ----------
     checkpoint : Checkpoint
+        The objects to save and restore.
     directory : path-like
         Created by the first save.
     max_to_keep : int or None

@@ -18,6 +18,19 @@ class Communicator(Protocol):
     Every method takes one array per local rank, in rank order, leaves the arrays unchanged unless
     they are in ``out``, and returns new arrays that the caller owns. The caller has checked the
     arguments: one dtype, matching shapes, an ``op`` that is defined for the dtype.
+
+    Examples
+    --------
+    The beginning of a communicator; ``examples/own_strategy.py`` has a whole one.
+
+    >>> from dvkernels import kernels
+    >>> class Plain:
+    ...     def __init__(self, size):
+    ...         self.size = size
+    ...     def reduce(self, values, op):
+    ...         return kernels.reduce(values, op)
+    ...     def broadcast(self, values, root):
+    ...         return [values[root].copy() for _ in values]
     """
 
     @property

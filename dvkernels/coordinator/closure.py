@@ -23,7 +23,7 @@ class Closure:
 
     __slots__ = (
         "args", "claim", "done", "error", "fn", "has_workers_values", "kwargs", "number", "once",
-        "result", "runs", "variables",
+        "result", "runs", "sent", "variables",
     )  # fmt: skip
 
     def __init__(
@@ -41,16 +41,22 @@ class Closure:
         self.once = once  # its writes take effect together, when it returns
         self.has_workers_values = has_workers_values  # among its arguments
         self.variables = variables  # of the caller of schedule
+        self.sent: list[memoryview] = []  # the call as a message, for workers that are processes
         self.runs = 0
         self.claim = Claim()
         self.done = Latch()
         self.result: Any = None
         self.error: BaseException | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the message."""
+        return sum(part.nbytes for part in self.sent)
+
     def end(self, result: Any, error: BaseException | None) -> None:
         """Leave the outcome, and drop the user's objects that only a run needs."""
         self.result, self.error = result, error
-        self.args, self.kwargs, self.variables = (), {}, Context()
+        self.args, self.kwargs, self.sent, self.variables = (), {}, [], Context()
         self.done.open()
 
     def __str__(self) -> str:
@@ -60,7 +66,17 @@ class Closure:
 
 @final
 class RemoteValue:
-    """Result that a scheduled call will have: :meth:`fetch` waits for it."""
+    """Result that a scheduled call will have: :meth:`fetch` waits for it.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> with dv.ParameterServerStrategy(num_workers=2) as strategy:
+    ...     coordinator = dv.ClusterCoordinator(strategy)
+    ...     result = coordinator.schedule(lambda: 6 * 7)
+    ...     result.fetch()
+    42
+    """
 
     __slots__ = ("_closure", "_wait")
 

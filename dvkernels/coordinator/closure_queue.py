@@ -7,6 +7,7 @@ ended, and a claim decides who runs or cancels it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -24,6 +25,8 @@ from dvkernels.user_errors import describe
 __all__: list[str] = []
 
 MOST_QUEUED = 1024  # closures that wait for a worker; schedule waits while there are more
+MOST_QUEUED_NBYTES = 64 << 20  # of those that are sent to other processes, likewise
+_LARGE_NBYTES = 1 << 16
 _POLL_SECONDS = 0.1
 
 
@@ -45,12 +48,14 @@ class ClosureQueue:
     def __init__(self, name: str, timeout_seconds: float, bound: int = MOST_QUEUED) -> None:
         self.name = name
         self.bound = bound
-        self.running: dict[int, tuple[Closure, float, int]] = {}  # by worker: since when, thread
+        # By worker: since when, on which thread, and in which other process.
+        self.running: dict[int, tuple[Closure, float, int, str]] = {}
         self.why_closed = ""
         self.pid = os.getpid()
         self._timeout_seconds = timeout_seconds
         self._open: deque[Closure] = deque()  # scheduled, perhaps not ended
         self._queue: queue.SimpleQueue[Closure | None] = queue.SimpleQueue()
+        self._returned: deque[Closure] = deque()  # by workers that are lost
         self._failed: deque[tuple[Closure, BaseException]] = deque()
         self._last_end = 0.0  # of a closure
 
@@ -71,11 +76,21 @@ class ClosureQueue:
             if middle is not None:
                 self._wait(middle.done, "schedule, whose queue is full,")
             self.raise_error()
+        if closure.nbytes >= _LARGE_NBYTES:
+            while (waiting := self._waiting_beside(closure)) is not None:
+                self._wait(waiting.done, "schedule, whose queue is full,")
+                self.raise_error()
         if self.why_closed:
             raise ContextError(f"schedule of {self.name}: {self.why_closed}")
         self._open.append(closure)
         self._queue.put(closure)
         self._cancel_if_closed()  # by another thread meanwhile
+
+    def _waiting_beside(self, closure: Closure) -> Closure | None:
+        """Return the first closure that waits for a worker, if all have too many bytes."""
+        waiting = [each for each in list(self._open) if each.claim.is_free]
+        total = closure.nbytes + sum(each.nbytes for each in waiting)
+        return waiting[0] if waiting and total > MOST_QUEUED_NBYTES else None
 
     def join(self) -> None:
         """Wait until all closures have ended; raise an error that has not come out."""
@@ -94,6 +109,11 @@ class ClosureQueue:
         """Whether all closures have ended."""
         self._prune()
         return all(closure.done.is_open for closure in list(self._open))
+
+    @property
+    def num_queued(self) -> int:
+        """How many closures wait for a worker."""
+        return sum(closure.claim.is_free for closure in list(self._open)) + len(self._returned)
 
     def raise_error(self) -> None:
         """Raise the first error that has not come out, and cancel what was scheduled behind it."""
@@ -156,9 +176,9 @@ class ClosureQueue:
         """Describe the closures that run: on which worker, since when, and at which line."""
         frames, now = thread_frames.current_frames(), time.monotonic()
         lines = [
-            f"worker {worker} has been running {closure} for {now - began:.1f} s, at "
-            f"{diagnostics.user_line(frames.get(ident))}"
-            for worker, (closure, began, ident) in sorted(self.running.copy().items())
+            f"worker {worker} has been running {closure} for {now - began:.1f} s, "
+            f"{place or 'at ' + diagnostics.user_line(frames.get(ident))}"
+            for worker, (closure, began, ident, place) in sorted(self.running.copy().items())
         ]
         return "; ".join(lines) or "no worker is running one"
 
@@ -166,6 +186,9 @@ class ClosureQueue:
 
     def take(self, seconds: float) -> Closure | None:
         """Take a closure to run it; None if there is none for so long, or the queue is closed."""
+        if self._returned:
+            with contextlib.suppress(IndexError):  # another worker took it
+                return self._returned.popleft()
         try:
             closure = self._queue.get(True, seconds)
         except queue.Empty:
@@ -179,9 +202,9 @@ class ClosureQueue:
         self._cancel(closure, *failed)  # it was scheduled while that one failed
         return None
 
-    def begin(self, worker: int, closure: Closure) -> None:
-        """Record that a worker runs a closure, on this thread."""
-        self.running[worker] = closure, time.monotonic(), threading.get_ident()
+    def begin(self, worker: int, closure: Closure, place: str) -> None:
+        """Record that a worker runs a closure, on this thread or in another process."""
+        self.running[worker] = closure, time.monotonic(), threading.get_ident(), place
 
     def finish(self, worker: int, closure: Closure, result: Any) -> None:
         """End a closure with its result."""
@@ -205,6 +228,22 @@ class ClosureQueue:
     def _cancel(self, closure: Closure, failed: Closure, error: BaseException) -> None:
         text = f"{closure} was cancelled: {failed}, scheduled before it, raised {describe(error)}"
         closure.end(None, CallCancelledError(f"{text}; schedule it again"))
+
+    def put_back(self, worker: int, closure: Closure) -> None:
+        """Return a closure whose worker is lost, for another one to run."""
+        self.running.pop(worker, None)
+        self._returned.append(closure)
+        self.wake()
+
+    def leave(self, worker: int, workers: set[int], error: BaseException) -> None:
+        """Record that a worker takes no more closures; the last one ends those that are left."""
+        workers.discard(worker)
+        if workers:
+            return
+        while self._returned:
+            with contextlib.suppress(IndexError):
+                self.fail(worker, self._returned.popleft(), error)
+        self.close("all its workers are lost", 0)
 
     # -- the end ----------------------------------------------------------------------------------
 

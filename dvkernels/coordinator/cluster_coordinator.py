@@ -14,14 +14,19 @@ from dvkernels import context, pytree
 from dvkernels.context import Frame
 from dvkernels.coordinator.closure import Closure, RemoteValue
 from dvkernels.coordinator.closure_queue import ClosureQueue
+from dvkernels.coordinator.coordinator_stats import CoordinatorStats, servers_of
 from dvkernels.coordinator.per_worker import PerWorkerDataset, PerWorkerIterator
+from dvkernels.coordinator.remote_worker import RemoteWorker, encoded
 from dvkernels.coordinator.worker_thread import WorkerThread
 from dvkernels.errors import ClusterError, CollectiveTimeoutError, ContextError, DatasetError
+from dvkernels.optimizers.optimizer import Optimizer
 from dvkernels.replicas.thread_limits import ThreadLimit
-from dvkernels.strategies.parameter_server import ParameterServerStrategy, current_call
+from dvkernels.strategies.current_call import current_call
+from dvkernels.strategies.parameter_server import ParameterServerStrategy
 from dvkernels.threads import stoppable_thread
 from dvkernels.values import function_checks
 from dvkernels.values.process_bound import ProcessBound
+from dvkernels.variables.variable import Variable
 
 __all__ = ["ClusterCoordinator"]
 
@@ -47,8 +52,8 @@ class ClusterCoordinator(ProcessBound):
     made again, up to four times: then its error comes out. What it had written counts twice unless
     it was scheduled with ``once=True``.
 
-    The workers are threads, so arguments and results are the objects themselves, of any size, and a
-    call sees what is written to them meanwhile. The threads end with the coordinator: by
+    Where the workers are threads, arguments and results are the objects themselves, of any size,
+    and a call sees what is written to them meanwhile. The threads end with the coordinator: by
     ``close()``, at the end of ``with``, with the strategy, or when it is garbage-collected. It does
     not follow a fork.
 
@@ -70,6 +75,7 @@ class ClusterCoordinator(ProcessBound):
     _workers: list[WorkerThread]
     _limit: ThreadLimit | None
     _numbers: itertools.count[int]
+    _began: float
 
     def __new__(cls, strategy: ParameterServerStrategy) -> Self:
         """Return the coordinator of the strategy; make it if there is none."""
@@ -86,6 +92,7 @@ class ClusterCoordinator(ProcessBound):
         context.require_cross_replica(placement, "ClusterCoordinator")
         made = super().__new__(cls)
         made._strategy = strategy
+        made._began = time.monotonic()
         made._numbers = itertools.count(strategy.generators.num_done)
         closures = made._closures = ClosureQueue(placement.name, strategy.timeout_seconds)
         made._limit = ThreadLimit(strategy.num_workers) if strategy.shares_threads else None
@@ -95,8 +102,18 @@ class ClusterCoordinator(ProcessBound):
         count = strategy.num_workers
         owner = weakref.ref(made, lambda _: closures.close("its coordinator was dropped", count))
         frame = Frame(placement, strategy, merging=True)
+        processes, living = strategy.processes, {*range(count)}
         made._workers = [
-            WorkerThread(number, closures, frame, owner, share) for number in range(count)
+            WorkerThread(
+                number,
+                closures,
+                frame,
+                owner,
+                share,
+                None if processes is None else RemoteWorker(processes, number),
+                living,
+            )
+            for number in range(count)
         ]
         stoppable_thread.start_all([worker.new_thread() for worker in made._workers])
         strategy.adopt(made)
@@ -118,9 +135,10 @@ class ClusterCoordinator(ProcessBound):
             Called on a worker, in the cross-replica context of the strategy; ``strategy.run`` in it
             runs a function in replica context.
         args : list or tuple
+            Positional arguments.
         kwargs : dict, optional
-            Arguments. Iterators over per-worker datasets, at any depth, are replaced by those of
-            the worker.
+            Keyword arguments. In both, iterators over per-worker datasets, at any depth, are
+            replaced by those of the worker.
         once : bool
             Whether the writes of the call to variables take effect together when it has returned,
             and not if it raises. So they count once, though a lost worker lets it run again; and
@@ -150,9 +168,10 @@ class ClusterCoordinator(ProcessBound):
         function_checks.check("schedule", fn)
         function_checks.check_arguments("schedule", args, kwargs)
         named = {} if kwargs is None else dict(kwargs)
-        has_workers_values = False
+        has_workers_values, leaves = False, []
         if args or named:
-            for leaf in pytree.leaves((tuple(args), named)):
+            leaves = [*pytree.leaves((tuple(args), named))]
+            for leaf in leaves:
                 if isinstance(leaf, RemoteValue):
                     raise ContextError(
                         f"schedule: an argument is {leaf!r}, and a call does not wait for another; "
@@ -172,6 +191,13 @@ class ClusterCoordinator(ProcessBound):
             has_workers_values,
             contextvars.copy_context(),
         )
+        if self._strategy.processes is not None:
+            closure.sent = encoded(
+                self._strategy.processes, closure.number, closure.once, fn, args, named
+            )
+            # What is sent by reference must live until the call has ended.
+            kept = [leaf for leaf in leaves if isinstance(leaf, (Variable, Optimizer))]
+            closure.args, closure.kwargs = tuple(kept), {}
         self._closures.put(closure)
         generators = self._strategy.generators  # on which the draws of a resumed program go on
         generators.num_done = max(generators.num_done, closure.number + 1)
@@ -240,6 +266,19 @@ class ClusterCoordinator(ProcessBound):
                 f"{type(dataset).__name__}, which is an iterator; pass a function that makes one"
             )
         return PerWorkerDataset(lambda: dataset)
+
+    def stats(self) -> CoordinatorStats:
+        """Return how many calls wait, run and have ended, and what the servers were asked."""
+        workers = self._workers
+        return CoordinatorStats(
+            time.monotonic() - self._began,
+            self._closures.num_queued,
+            len(self._closures.running),
+            sum(worker.num_returned for worker in workers),
+            sum(worker.num_failed for worker in workers),
+            sum(worker.num_repeated for worker in workers),
+            servers_of(self._strategy),
+        )
 
     def close(self) -> None:
         """Cancel the calls that have not begun, wait for the others, and end the workers.

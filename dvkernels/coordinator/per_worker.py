@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, final
 
@@ -25,14 +27,36 @@ class PerWorkerDataset:
         return PerWorkerIterator(self)
 
 
+# In a worker process: its iterators, by their number on the coordinator.
+_own: dict[int, Iterator[Any]] = {}
+_numbers = itertools.count()
+
+
+def own_iterator(number: int, dataset: PerWorkerDataset) -> Iterator[Any]:
+    """Return the iterator of this worker process for that of all workers."""
+    found = _own.get(number)
+    if found is None:
+        found = _own[number] = _begun(dataset, f"in process {os.getpid()}")
+    return found
+
+
+def _begun(dataset: PerWorkerDataset, where: str) -> Iterator[Any]:
+    try:
+        return iter(dataset.make())
+    except BaseException as error:
+        user_errors.annotate(error, f"raised for the dataset {where}")
+        raise
+
+
 @final
 class PerWorkerIterator:
     """Iterators over a per-worker dataset: in a call, an argument is that of its worker."""
 
-    __slots__ = ("__weakref__", "_dataset")
+    __slots__ = ("__weakref__", "_dataset", "_number")
 
     def __init__(self, dataset: PerWorkerDataset) -> None:
         self._dataset = dataset
+        self._number = next(_numbers)
 
     def __iter__(self) -> PerWorkerIterator:
         return self
@@ -45,8 +69,7 @@ class PerWorkerIterator:
 
     def of_worker(self, worker: int) -> Iterator[Any]:
         """Return a new iterator, for one worker."""
-        try:
-            return iter(self._dataset.make())
-        except BaseException as error:
-            user_errors.annotate(error, f"raised for the dataset of worker {worker}")
-            raise
+        return _begun(self._dataset, f"of worker {worker}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return own_iterator, (self._number, self._dataset)

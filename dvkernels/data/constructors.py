@@ -164,7 +164,7 @@ class DatasetConstructors(abc.ABC):
             Its ``open(epoch, state)`` returns a reader with ``__next__()`` and ``state()``. The
             state becomes part of the iterator's state, so nothing is replayed, except the elements
             that a transform needs (a window of :meth:`shuffle`). See
-            :class:`dvkernels.data.stateful_source.Source`.
+            :class:`~dvkernels.data.stateful_source.Source`.
 
         Examples
         --------

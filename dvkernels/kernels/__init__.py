@@ -109,7 +109,7 @@ def all_reduce(
     Notes
     -----
     On a GPU the kernels are launched on the current stream of each array's library, and the host
-    does not wait for them; :mod:`dvkernels.kernels.cuda` takes other streams.
+    does not wait for them; the functions of ``dvkernels.kernels.cuda`` take others.
 
     Examples
     --------

@@ -28,7 +28,12 @@ def main() -> None:
     try:
         fn, args, kwargs = shared_pickle.read(call_fd)
         os.close(call_fd)
-        result = (False, fn(*args, **kwargs), "", 0.0)
+        try:
+            result = (False, fn(*args, **kwargs), "", 0.0)
+        except SystemExit as end:
+            if end.code != 0:
+                raise
+            result = (False, None, "", 0.0)  # a process of parameter servers, which are done
         try:
             shared_pickle.write(result_fd, result)
         except Exception as error:

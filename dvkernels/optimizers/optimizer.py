@@ -21,7 +21,7 @@ from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replicas.collective_call import CollectiveCall, Same
 from dvkernels.values import function_checks, replica_weights, scalar_checks
 from dvkernels.variables.copies import rebind
-from dvkernels.variables.table_server import TableServer
+from dvkernels.variables.table_server import PendingWrites, TableServer, apply_together
 from dvkernels.variables.variable import Variable, copies_of, storage_of
 
 __all__ = ["Optimizer"]
@@ -44,6 +44,12 @@ class Optimizer(OptimizerState):
     ``copy.deepcopy`` copies slots and step counts. They belong to the copies of the variables that
     the same call copies, ``copy.deepcopy((model, optimizer))``, in any order; for variables that it
     does not copy, they belong to the variables themselves.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> isinstance(dv.optimizers.SGD(0.1), dv.optimizers.Optimizer)
+    True
     """
 
     def __init__(self, learning_rate: LearningRate) -> None:
@@ -214,13 +220,14 @@ class Optimizer(OptimizerState):
         if storage_of(variables[0]).server is None:
             self._take_step(variables, columns, op, shares)
             return
+        writes: PendingWrites = []
         for variable, (gradient,) in zip(variables, columns, strict=True):
             copies = storage_of(variable)
-            assert copies.server is not None
-            step = functools.partial(self._step_at_server, variable)
-            copies.server.apply(gradients.VERB, step, copies, gradient)
+            step = functools.partial(self.step_at_server, variable)
+            writes.append((copies.server, gradients.VERB, step, copies, gradient))
+        apply_together(writes)
 
-    def _step_at_server(self, variable: Variable, _: Any, gradient: Any) -> None:
+    def step_at_server(self, variable: Variable, _: Any, gradient: Any) -> None:
         """Take a step of one variable that has a server, which calls this."""
         if not self._slots.has(variable):  # the first steps of several variables at once
             _first_steps.ask(gradients.VERB, self._states_of, storage_of(variable), variable)
@@ -228,6 +235,13 @@ class Optimizer(OptimizerState):
             self._take_row_step(variable, gradient)
         else:
             self._take_step([variable], [[gradient]], ReduceOp.MEAN, None)
+
+    def steps_at_server(self, variable: Variable, _: Any, steps: int | None) -> int:
+        """Return the step count of a variable, which is set first if a number is given."""
+        count = self._slots.states_of([variable], self.slot_names)[0].steps
+        if steps is not None:
+            count[...] = steps
+        return int(count)
 
     def _states_of(self, _: Any, variable: Variable) -> None:
         self._slots.states_of([variable], self.slot_names)

@@ -45,6 +45,16 @@ class CollectiveRecord(NamedTuple):
     arrays : tuple of array
         Those that the replica contributes, not copied; only in ``before``, as the result may be
         written over them.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> def show(record):
+    ...     print(record.name, record.op, record.dtype, record.nbytes)
+    >>> with dv.OneDeviceStrategy("cpu:0") as strategy, dv.profiler.on_collective(before=show):
+    ...     strategy.run(lambda: dv.get_replica_context().all_reduce("sum", 1.0))
+    all_reduce sum float64 8
+    PerReplica(0: array(1.))
     """
 
     name: str
@@ -81,20 +91,20 @@ class CollectiveEvent:
 
     __slots__ = (
         "began", "contributed", "dtype", "ended", "error", "nbytes", "num_replicas", "place",
-        "replica", "step_id", "terms", "verb",
+        "replica", "terms", "verb",
     )  # fmt: skip
 
     terms: tuple[Any, ...]
     contributed: Any  # by the replica; set for the hooks ``before``, and None after them
 
-    def __init__(self, call: Any, place: StepPlace, replica: int, step: Any) -> None:
+    def __init__(self, call: Any, step: Any, replica: int) -> None:
         verb, self.terms, contributed, _ = call
         self.verb: str = verb
-        self.place = place
-        self.replica = replica
+        self.place: StepPlace = step.label
+        self.replica: int = step.first_replica + replica
         self.num_replicas: int = step.num_replicas
-        self.step_id = id(step)
         self.error: BaseException | None = None
+        self.contributed = None
         if type(contributed) is tuple and contributed:
             contributed = contributed[0]
         if type(contributed) is list and contributed:
@@ -160,7 +170,8 @@ def call_text(verb: str, terms: tuple[Any, ...]) -> str:
 class Observer(Protocol):
     """Observer of collectives; ``abort`` takes the place of ``after`` where the call raises."""
 
-    def before(self, event: CollectiveEvent) -> None: ...
+    @property
+    def before(self) -> Callable[[CollectiveEvent], None] | None: ...
 
     def after(self, event: CollectiveEvent) -> None: ...
 

@@ -107,6 +107,12 @@ class MemoryReport:
         Resident memory of the process; None where the system does not report it.
     process_peak_nbytes : int or None
         The peak of the resident memory so far; None where the system does not report it.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> isinstance(dv.profiler.memory(), dv.profiler.MemoryReport)
+    True
     """
 
     by_device: dict[str, dict[str, int]]

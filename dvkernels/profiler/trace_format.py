@@ -181,16 +181,16 @@ def _arrows(content: TraceContent) -> Iterator[Record]:
     """Yield the arrows from the last replica to arrive at a collective to those that waited.
 
     The k-th collective of a replica in a step is the k-th of each other one. A step whose replicas
-    have different numbers of them, since it failed or is not whole in the ring, has no arrows.
+    have different numbers of them, since it failed or is not whole in the ring, has no arrows, nor
+    has one that began before the trace.
     """
-    steps: dict[Any, dict[int, list[TraceEvent]]] = {}
+    steps: dict[int, dict[int, list[TraceEvent]]] = {}
     for traced in content.events:
         about = traced[-1]
         is_call = isinstance(about, CollectiveEvent) and traced[0] != REDUCE
-        if is_call and about.num_replicas > 1:
-            key = about.step_id, about.place.strategy, about.place.step
-            if not about.is_async:
-                steps.setdefault(key, {}).setdefault(about.replica, []).append(traced)
+        if is_call and about.num_replicas > 1 and about.place.step and not about.is_async:
+            replicas = steps.setdefault(id(about.place), {})
+            replicas.setdefault(about.replica, []).append(traced)
     worker, base, number = content.process.worker, content.process.began, 0
     for replicas in steps.values():
         num_replicas = next(iter(replicas.values()))[0][-1].num_replicas

@@ -11,7 +11,7 @@ import collections
 import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter_ns
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -30,6 +30,8 @@ __all__ = ["trace"]
 
 _MOST_EVENTS = 1_000_000  # some 300 MB in memory
 _NS_BETWEEN_SAMPLES = 50_000_000  # of memory and processor time
+
+Counter = tuple[str, dict[str, float]]  # its values by series
 
 _here = threading.local()  # .lane: of the thread, in the latest trace
 
@@ -125,6 +127,7 @@ class trace:
         if max_events < 1:
             raise ValueError(f"trace: max_events is a positive integer, got {max_events}")
         self._nvtx = NvtxRanges() if nvtx else None
+        self.before = self._push if nvtx else None
         self._process = process_identity.describe()
         self._usage, self._threads = CoreUsage(), ThreadUsage()
         self._ring: collections.deque[TraceEvent] = collections.deque(maxlen=max_events)
@@ -238,18 +241,18 @@ class trace:
         self._append((name, category, *times, lane, about))
         self._count()
 
-    def sample(self) -> None:
-        """Record memory and processor time, if the last sample is old enough."""
+    def sample(self, more: Callable[[], Iterable[Counter]] | None = None) -> None:
+        """Record memory, processor time and more counters, if the last sample is old enough."""
         now = perf_counter_ns()
         if now >= self._next_sample:
             self._next_sample = now + _NS_BETWEEN_SAMPLES
-            for name, values in trace_format.sampled():
+            for name, values in (*trace_format.sampled(), *(more() if more is not None else ())):
                 self.add_at(name, trace_format.COUNTER, (now, now), 0, values)
 
     # -- the collectives: an observer of collective_hooks -----------------------------------------
 
-    def before(self, event: CollectiveEvent) -> None:
-        """Begin the span of a collective."""
+    def _push(self, event: CollectiveEvent) -> None:
+        """Begin the NVTX range of a collective."""
         if self._nvtx is not None and not event.is_async:
             self._nvtx.push(event.verb)
 

@@ -139,7 +139,7 @@ class Rendezvous(StepState):
             if not wait(self._first_nap) and not self._keep_waiting(
                 replica, wait, lambda: pending_calls.will_be_performed(pending)
             ):
-                missing = diagnostics.missing_replicas(pending.requests, self._first_replica)
+                missing = diagnostics.missing_replicas(pending.requests, self.first_replica)
                 whom = f"replicas {missing} to issue" if missing else "a thread to carry out"
                 self._fail_late(replica, f"{whom} {pending.requests[replica]}")
         if not pending.results:
@@ -174,7 +174,7 @@ class Rendezvous(StepState):
                 calls = (
                     self._describe_replicas()
                     if call_sites is None
-                    else diagnostics.describe_issued(requests, call_sites, self._first_replica)
+                    else diagnostics.describe_issued(requests, call_sites, self.first_replica)
                 )
                 raise diagnostics.mismatch_error(calls, first, other)
         payloads = [request.payload for request in requests]
@@ -191,7 +191,7 @@ class Rendezvous(StepState):
             replica, functools.partial(gates.sleep, replica), lambda: self._has_all(replica)
         )
         if not opened:
-            missing = diagnostics.missing_replicas(self._requests, self._first_replica)
+            missing = diagnostics.missing_replicas(self._requests, self.first_replica)
             self._fail_late(replica, f"replicas {missing}: {self._describe_replicas()}")
         elif not gates.spins:
             self._release_after(replica)
@@ -252,4 +252,4 @@ class Rendezvous(StepState):
             self._gates.open(following)
 
     def _fail_late(self, replica: int, awaited: str) -> None:
-        self.fail(diagnostics.timeout_error(self._first_replica + replica, self._timeout, awaited))
+        self.fail(diagnostics.timeout_error(self.first_replica + replica, self._timeout, awaited))

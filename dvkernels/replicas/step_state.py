@@ -52,10 +52,10 @@ class StepState:
 
     __slots__ = (
         "_announce", "_arrivals", "_check_seconds", "_debug_state", "_echoes", "_failures",
-        "_first_nap", "_first_replica", "_gates", "_has_ended", "_has_left", "_made_pending_calls",
+        "_first_nap", "_gates", "_has_ended", "_has_left", "_made_pending_calls",
         "_pending_calls", "_performer", "_pid", "_progress_thread", "_requests", "_results",
-        "_stalls", "_thread_idents", "_timeout", "closed", "errors", "failure", "label",
-        "num_replicas", "perform",
+        "_stalls", "_thread_idents", "_timeout", "closed", "errors", "failure",
+        "first_replica", "label", "num_replicas", "perform",
     )  # fmt: skip
 
     def __init__(
@@ -72,7 +72,7 @@ class StepState:
         # Called with ``act`` and the payloads of all replicas, in place of ``act(payloads)``.
         self.perform: Callable[..., Sequence[Any]] | None = None
         self._announce = announce  # announces to other processes that this step has failed
-        self._first_replica = first_replica  # the global number of this process's replica 0
+        self.first_replica = first_replica  # the global number of this process's replica 0
         self.failure: BaseException | None = None
         self.errors: dict[int, BaseException] = {}
         self.closed = False
@@ -118,7 +118,7 @@ class StepState:
 
     def global_rank(self, replica: int) -> int:
         """Return the number of a local replica among the replicas of all processes."""
-        return self._first_replica + replica
+        return self.first_replica + replica
 
     def enter(self, replica: int) -> bool:
         """Register this thread as a replica's; False if the step ended before it started."""
@@ -148,7 +148,7 @@ class StepState:
         """End the step if the thread of a replica has ended during it."""
         for replica, is_dead in enumerate(self._has_ended):
             if is_dead and not self._has_left[replica]:
-                name = self._first_replica + replica
+                name = self.first_replica + replica
                 self.fail(ContextError(f"the thread of replica {name} has ended during the step"))
                 self._has_left[replica] = True
 
@@ -224,7 +224,7 @@ class StepState:
         for replica in range(self.num_replicas):
             if not self._has_left[replica] and replica not in self._thread_idents:
                 self._withdraw(replica)
-                name = self._first_replica + replica
+                name = self.first_replica + replica
                 if self._has_left[replica]:
                     self.fail(
                         CollectiveTimeoutError(
@@ -257,7 +257,7 @@ class StepState:
         """Return the error that ``run`` raises: that of the lowest replica, others as notes."""
         if not self.errors:
             return failure
-        return diagnostics.combined_error(self.errors, self.num_replicas, self._first_replica)
+        return diagnostics.combined_error(self.errors, self.num_replicas, self.first_replica)
 
     def _ended(self) -> BaseException:
         echo = diagnostics.echo_of(self.failure)
@@ -278,7 +278,7 @@ class StepState:
         request = requests[replica]
         if request is None:
             return "", []
-        return str(request), diagnostics.missing_replicas(requests, self._first_replica)
+        return str(request), diagnostics.missing_replicas(requests, self.first_replica)
 
     def _describe_replicas(self) -> str:
         return diagnostics.describe_replicas(
@@ -286,5 +286,5 @@ class StepState:
             self._pending_calls,
             self._has_left,
             self._thread_idents,
-            self._first_replica,
+            self.first_replica,
         )

@@ -6,59 +6,48 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
-from typing import Any, final
+from typing import Any, NoReturn, final
 
-import numpy as np
-
+from dvkernels.context import Frame
 from dvkernels.devices import cpu
 from dvkernels.errors import ClusterError, DeviceError
-from dvkernels.philox import StrategyGenerators
 from dvkernels.replicas.runner import Runner
 from dvkernels.strategies import partitioners
 from dvkernels.strategies.base import Strategy
+from dvkernels.strategies.current_call import CallGenerators
+from dvkernels.strategies.servers.processes import JobProcesses
+from dvkernels.strategies.strategy_options import check_options
 from dvkernels.user_errors import brief
 from dvkernels.values.scalar_checks import is_integer
 
 __all__ = ["ParameterServerStrategy"]
-
-# In a call of a coordinator: the index of the worker, and the number of the call.
-current_call: ContextVar[tuple[int, int] | None] = ContextVar("dvkernels_call", default=None)
-
-
-class _CallGenerators(StrategyGenerators):
-    """Random generators keyed by the number of the call, and not by the worker that makes it."""
-
-    __slots__ = ()
-
-    def of_replica(self, rank: int, replica_id: int, name: str) -> np.random.Generator:
-        """Return the generator of the call under way; outside of calls, of the step."""
-        call = current_call.get()
-        if call is None:
-            return super().of_replica(rank, replica_id, name)
-        return self.of_item(*call, name)
 
 
 @final
 class ParameterServerStrategy(Strategy):
     """Workers that make calls, each at its own pace, and variables that a server changes for them.
 
-    A :class:`ClusterCoordinator` hands calls out to the workers, which are threads. There is one
-    copy of each variable. No worker waits for another: a variable is read and written by one call
-    at a time, and between a read and a write others may write. Where a step may wait for all
+    A :class:`ClusterCoordinator` hands calls out to the workers: threads, or other processes. There
+    is one copy of each variable. No worker waits for another: a variable is read and written by one
+    call at a time, and between a read and a write others may write. Where a step may wait for all
     replicas, which is nearly always, use :class:`MirroredStrategy`.
 
     Parameters
     ----------
-    cluster_resolver : None
-        For servers and workers in other processes, which do not exist yet.
+    cluster_resolver : ClusterResolver, optional
+        Says which process of a job this is, if ``num_servers`` is positive. That of the launcher if
+        not given.
     num_servers : int
-        0: the variables lie in this process.
+        0: the variables lie in this process, and the workers are its threads. Else the job has
+        several processes, all of which make this strategy: rank 0 is the coordinator, the last
+        ``num_servers`` have the rows of the variables, and the others are the workers. On all but
+        rank 0 the constructor serves, or runs calls, until the coordinator leaves, and ends the
+        process with exit code 0.
     variable_partitioner : callable, optional
         One of ``dv.partitioners``, or a function of shape and dtype: into how many shards the rows
         of a variable are dealt. A single shard if not given.
     num_workers : int, optional
-        The number of worker threads; one per usable core if not given.
+        The number of worker threads; one per usable core if not given. Not with ``num_servers``.
     seed : int
         Seed of ``ctx.rng``, from 0 to 2**1024 - 1. In a call of a coordinator its draws depend on
         seed, name and number of the call.
@@ -72,7 +61,11 @@ class ParameterServerStrategy(Strategy):
     Raises
     ------
     ClusterError
-        Servers in other processes are asked for.
+        There are too few processes, or they differ in ``num_servers``.
+    CollectiveTimeoutError
+        A process did not make its strategy in time.
+    WorkerLostError
+        The coordinator of this process has been lost.
     DeviceError
         ``num_workers`` is not a positive integer.
     ValueError, TypeError
@@ -111,11 +104,6 @@ class ParameterServerStrategy(Strategy):
     ) -> None:
         if not is_integer(num_servers) or num_servers < 0:
             raise ClusterError(f"num_servers is 0 or a positive integer; got {brief(num_servers)}")
-        if cluster_resolver is not None or num_servers:
-            raise ClusterError(
-                "ParameterServerStrategy has no servers and workers in other processes yet: leave "
-                "out cluster_resolver and num_servers, and the workers are threads of this process"
-            )
         if variable_partitioner is not None and not callable(variable_partitioner):
             raise ClusterError(
                 f"variable_partitioner is one of dv.partitioners, or a function of shape and "
@@ -124,6 +112,36 @@ class ParameterServerStrategy(Strategy):
         count = cpu.usable_cores() if num_workers is None else num_workers
         if not is_integer(count) or count < 1:
             raise DeviceError(f"num_workers is a positive integer; got {brief(count)}")
+        self.processes: JobProcesses | None = None
+        if cluster_resolver is not None or num_servers:
+            check_options(
+                bytes_per_bucket=None, seed=seed, threads=threads, timeout_seconds=timeout_seconds
+            )
+            if num_workers is not None:
+                raise ClusterError(
+                    "num_workers is for threads of one process; with servers in other processes "
+                    "the workers are the processes that do not serve"
+                )
+            self.processes = JobProcesses(cluster_resolver, num_servers, float(timeout_seconds))
+            count = len(self.processes.workers)
+        try:
+            self._finish(count, variable_partitioner, seed, threads, timeout_seconds)
+        except BaseException:
+            if self.processes is not None:
+                self.processes.close()
+            raise
+        if self.processes is not None and self.processes.rank != 0:
+            self._serve()
+
+    def _finish(
+        self,
+        count: int,
+        variable_partitioner: partitioners.Partitioner | None,
+        seed: int,
+        threads: str,
+        timeout_seconds: float,
+    ) -> None:
+        processes = self.processes
         super().__init__(
             ["cpu:0"],
             central_device="cpu:0",
@@ -131,14 +149,21 @@ class ParameterServerStrategy(Strategy):
             threads=threads,
             timeout_seconds=timeout_seconds,
         )
+        self._server_placement = self._placement
+        described = f"{count} workers"
+        if processes is not None:
+            described = f"{described}, {len(processes.servers)} servers"
+            processes.connect(self)
         self._placement = dataclasses.replace(
             self._placement,
-            name=f"ParameterServerStrategy({count} workers)",
+            name=f"ParameterServerStrategy({described})",
             deal_rows=functools.partial(partitioners.deal, variable_partitioner),
+            make_copies=None if processes is None else processes.make_copies,
+            optimizer_states=None if processes is None else processes.states,
         )
-        self.generators = _CallGenerators(seed, count)
+        self.generators = CallGenerators(seed, count)
         self.num_workers = count
-        self.shares_threads = threads == "share" and count > 1
+        self.shares_threads = threads == "share" and count > 1 and processes is None
         self.timeout_seconds = float(timeout_seconds)
         # Calls run steps as in merge_call: within a step of this strategy, without its lock.
         self._runner = Runner(
@@ -150,6 +175,16 @@ class ParameterServerStrategy(Strategy):
         )
         self.coordinator: Callable[[], Any] = _no_coordinator
 
+    def _serve(self) -> NoReturn:
+        """Serve or run calls until the coordinator leaves; then end this process."""
+        assert self.processes is not None
+        try:
+            frame = Frame(self._placement, self, merging=True)
+            self.processes.serve(frame, self._server_placement)
+        finally:
+            self.close()
+        raise SystemExit(0)
+
     def adopt(self, coordinator: Any) -> None:
         """Keep a weak reference to a coordinator, to close it with the strategy."""
         self.coordinator = weakref.ref(coordinator)
@@ -157,9 +192,13 @@ class ParameterServerStrategy(Strategy):
     def close(self) -> None:
         """End the workers, and the coordinator with them. Variables stay readable."""
         coordinator = self.coordinator()
-        if coordinator is not None:
-            coordinator.close()
-        super().close()
+        try:
+            if coordinator is not None:
+                coordinator.close()
+        finally:  # also if a call does not end
+            super().close()
+            if self.processes is not None:
+                self.processes.close()
 
 
 def _no_coordinator() -> None:

@@ -29,6 +29,15 @@ class ValueContext:
         The id of the replica, from 0.
     num_replicas_in_sync : int
         The number of replicas, over all workers.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+    ...     strategy.distribute_values_from_function(
+    ...         lambda context: context.num_replicas_in_sync - context.replica_id_in_sync_group
+    ...     )
+    PerReplica(0: 2, 1: 1)
     """
 
     __slots__ = ("num_replicas_in_sync", "replica_id_in_sync_group")

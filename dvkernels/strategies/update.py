@@ -64,7 +64,8 @@ class VariableUpdate(ProcessBound):
             A ``PerReplica`` among the arguments of an ON_WRITE variable, whose copies are equal.
         ContextError
             Called in replica context or while another thread runs a step of this strategy, or the
-            variable belongs to another strategy.
+            variable belongs to another strategy, or its rows lie in server processes: a function
+            cannot hold them while it computes.
         TypeError, ValueError
             Not a variable; a coroutine or generator function; malformed ``args`` or ``kwargs``.
 

@@ -37,6 +37,13 @@ def check_arrays(arrays: ArrayLibrary, device: int = 0) -> None:
     stream that waits for an event comes after the event. Arrays know their device, and read-only
     views share memory; a stream is found by its address; ``at`` makes a device and a stream current
     inside ``with`` only; arrays are overwritten on a stream; copies read pinned memory.
+
+    Examples
+    --------
+    >>> from dvkernels import testing
+    >>> from dvkernels.devices import cuda
+    >>> if not cuda.missing():
+    ...     testing.check_arrays(cuda.arrays())
     """
     for dtype in map(np.dtype, (*_DTYPES, ml_dtypes.bfloat16)):
         for shape in _SHAPES:

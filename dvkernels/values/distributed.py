@@ -30,6 +30,13 @@ class DistributedValues(Generic[T]):
     A distributed value has no arithmetic, no truth value and no iteration: their meaning would
     depend on whether the caller wants the sum of the components, their concatenation, or one of
     them.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> values = dv.PerReplica([1, 2])
+    >>> isinstance(values, dv.DistributedValues), values.values
+    (True, (1, 2))
     """
 
     __slots__ = ()

@@ -44,6 +44,10 @@ class Placement:
     # Of a strategy whose variables have servers: the rows of each shard of a variable, given its
     # shape, dtype and name.
     deal_rows: Callable[[tuple[int, ...], Any, str], Sequence[range]] | None = None
+    # Of a strategy whose variables lie in other processes: makes the copies of a variable there.
+    make_copies: Callable[..., Any] | None = None
+    # And the states of optimizers, which lie there too: ``optimizers.optimizer_state``.
+    optimizer_states: Any = None
 
     @cached_property
     def num_replicas(self) -> int:

@@ -20,7 +20,7 @@ from dvkernels.user_errors import brief, text_of
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.values.placement import Placement
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
-from dvkernels.variables.table_server import SERVED, TableServer
+from dvkernels.variables.table_server import SERVED, Server, TableServer
 
 __all__: list[str] = []
 
@@ -76,12 +76,12 @@ class Copies:
             for device, array in zip(devices, self.arrays, strict=True)
         ]
         self.mode: Any = synchronization
-        self.server: TableServer | None = None
+        self.server: Server | None = None
         if placement.deal_rows is not None:
             like = self.arrays[0]
             self.set_server(TableServer(placement.deal_rows(like.shape, like.dtype, name)))
 
-    def set_server(self, server: TableServer) -> None:
+    def set_server(self, server: Server) -> None:
         """Let a server carry out all reads and writes."""
         self.mode, self.server = SERVED, server
 

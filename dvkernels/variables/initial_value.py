@@ -81,6 +81,9 @@ def initial_copies(
             f"{placement.name} keeps a single one on {placement.central_device}; use 'on_write'"
         )
     array = placement.broadcast_from_chief(array)
+    if placement.make_copies is not None:
+        made: Copies = placement.make_copies(array, placement, label, when, how)
+        return made
     kind = ImmutableCopies if placement.memory.is_immutable else Copies
     return kind([array], placement, label, when, how)
 

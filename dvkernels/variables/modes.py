@@ -20,6 +20,16 @@ class VariableSynchronization(NamedEnum):
         At every write in replica context: the copies are always equal.
     ON_READ
         At every read in cross-replica context, which returns the aggregate of the copies.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy, strategy.scope():
+    ...     on_read = dv.VariableSynchronization.ON_READ  # or its name, "on_read"
+    ...     total = dv.Variable(0, synchronization=on_read, aggregation="sum")
+    ...     strategy.run(lambda: total.assign_add(1))
+    ...     print(total.read_value())
+    2
     """
 
     AUTO = "auto"
@@ -39,6 +49,15 @@ class VariableAggregation(NamedEnum):
         The sum or the mean over all replicas.
     ONLY_FIRST_REPLICA
         The value of replica 0.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy, strategy.scope():
+    ...     mean = dv.Variable(0.0, aggregation=dv.VariableAggregation.MEAN)
+    ...     strategy.run(lambda: mean.assign(dv.get_replica_context().replica_id_in_sync_group))
+    ...     print(mean.numpy())
+    0.5
     """
 
     NONE = "none"

@@ -39,7 +39,7 @@ def saved_by(variable: Variable) -> SavedVariable:
     copies = storage_of(variable)
     match copies.synchronization:
         case VariableSynchronization.ON_WRITE:
-            return SavedVariable(copies.arrays[:1])
+            return SavedVariable(copies.views[:1])  # read from its servers, if it has any
         case VariableSynchronization.ON_READ if copies.aggregation is not VariableAggregation.NONE:
             return SavedVariable((aggregated(copies, list(copies.arrays)),))
         case _:

@@ -121,10 +121,10 @@ def scatter_at_server(
     rows, content = value_for_all(indices), value_for_all(updates)
     given = _checked(copies, verb, rows, content, number)
     assert copies.server is not None
-    copies.server.apply(verb, _apply_updates, copies, verb, *given)
+    copies.server.apply(verb, apply_updates, copies, verb, *given)
 
 
-def _apply_updates(copies: Copies, verb: str, indices: HostArray, updates: Any) -> None:
+def apply_updates(copies: Copies, verb: str, indices: HostArray, updates: Any) -> None:
     _apply(copies, verb, [_RowChange(range(1), [Updates(indices, updates)])])
 
 

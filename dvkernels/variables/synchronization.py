@@ -62,7 +62,7 @@ def aggregate_then_write(copies: Copies, verb: str, value: Any, replica: Replica
     checked = copies.checked(replica.own(value), verb, replica.replica_id_in_sync_group)
 
     def act(values: list[Any]) -> list[None]:
-        _write_alike(copies, verb, aggregated(copies, values))
+        write_alike(copies, verb, aggregated(copies, values))
         return [None] * len(values)
 
     write_together(copies, verb, checked, act, replica)
@@ -87,7 +87,7 @@ def write_every_copy_alike(copies: Copies, verb: str, value: Any) -> None:
             f"copies of an ON_WRITE variable are equal; reduce it first: "
             f"v.{verb}(strategy.reduce('mean', value))"
         )
-    _write_alike(copies, verb, copies.checked_for_all(value, verb))
+    write_alike(copies, verb, copies.checked_for_all(value, verb))
 
 
 def write_every_copy(copies: Copies, verb: str, value: Any) -> None:
@@ -128,10 +128,10 @@ def write_at_server(
         write_every_copy_alike(copies, verb, own)  # raises
     checked = copies.checked_for_all(own, verb)
     assert copies.server is not None
-    copies.server.apply(verb, _write_alike, copies, verb, checked)
+    copies.server.apply(verb, write_alike, copies, verb, checked)
 
 
-def _write_alike(copies: Copies, verb: str, value: Array) -> None:
+def write_alike(copies: Copies, verb: str, value: Array) -> None:
     """Write equal copies: compute the new content once, then commit it to all of them."""
     new = value
     if verb != "assign":
@@ -165,10 +165,10 @@ def first_copy(copies: Copies) -> Array:
 def read_at_server(copies: Copies, _: ReplicaContext | None = None) -> Array:
     """Return a read-only copy of the value between two writes."""
     assert copies.server is not None
-    return copies.server.ask("read_value", _taken, copies)
+    return copies.server.ask("read_value", taken, copies)
 
 
-def _taken(copies: Copies) -> Array:
+def taken(copies: Copies) -> Array:
     taken: Array = copies.memory.read_only(copies.memory.apply(np.array, copies.arrays[0]))
     return taken
 

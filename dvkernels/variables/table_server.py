@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
 from dvkernels import deadlines
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.replicas.step_lock import StepLock
+from dvkernels.variables.request_counts import RequestCounts
 
 __all__: list[str] = []
 
 T = TypeVar("T")
 
 SERVED = "served"  # the mode of a variable that has a server
+
+
+class Server(Protocol):
+    """Server of one variable's rows, in this process or in others."""
+
+    shards: tuple[range, ...]
+
+    def ask(self, what: str, request: Callable[..., T], copies: Any, *arrays: Any) -> T:
+        """Return what the server answers to a request; ``what`` is for messages."""
+
+    def apply(self, what: str, request: Callable[..., None], copies: Any, *arrays: Any) -> None:
+        """Carry out a request that writes; in a call whose writes count once, when it returns."""
 
 
 @final
@@ -30,12 +44,15 @@ class TableServer:
     ----------
     shards : tuple of range
         The rows of each shard.
+    counts : RequestCounts
+        Of its requests.
     """
 
-    __slots__ = ("_turn", "shards")
+    __slots__ = ("_turn", "counts", "shards")
 
     def __init__(self, shards: Sequence[range]) -> None:
         self.shards = tuple(shards)
+        self.counts = RequestCounts()
         self._turn = StepLock()
 
     def ask(self, what: str, request: Callable[..., T], copies: Any, *arrays: Any) -> T:
@@ -50,6 +67,7 @@ class TableServer:
                     f"in vain for another thread that reads or writes it; "
                     f"DVKERNELS_TIMEOUT_SECONDS changes the timeout"
                 )
+            self.counts.note(threading.get_ident(), what, copies, arrays)
             return request(copies, *arrays)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
@@ -59,15 +77,34 @@ class TableServer:
 
     def apply(self, what: str, request: Callable[..., None], copies: Any, *arrays: Any) -> None:
         """Carry out a request that writes; in a call whose writes count once, when it returns."""
-        pending = pending_writes.get()
-        if pending is None:
+        if not postpone(self, what, request, copies, *arrays):
             self.ask(what, request, copies, *arrays)
-        else:  # the call may use its arrays again
-            pending.append((self, what, request, copies, *copy.deepcopy(arrays)))
 
 
 PendingWrites = list[tuple[Any, ...]]
 pending_writes: ContextVar[PendingWrites | None] = ContextVar("dvkernels_writes", default=None)
+
+
+def postpone(server: Server, what: str, request: Any, copies: Any, *arrays: Any) -> bool:
+    """Keep a write for the end of a call whose writes count once; return whether this is one."""
+    pending = pending_writes.get()
+    if pending is None:
+        return False
+    pending.append((server, what, request, copies, *copy.deepcopy(arrays)))  # it may use them again
+    return True
+
+
+def apply_together(writes: PendingWrites) -> None:
+    """Apply writes, ``(server, what, request, copies, *arrays)``, of several variables.
+
+    Servers in other processes get one message each.
+    """
+    together = getattr(writes[0][0], "apply_together", None)
+    if together is not None:
+        together(writes)
+        return
+    for server, *request in writes:
+        server.apply(*request)
 
 
 def apply_pending(writes: PendingWrites) -> None:

@@ -1,7 +1,8 @@
 """The documentation's code blocks and doctests run, its links resolve, CI runs its test command.
 
 The code blocks of a page run in order, in one namespace, in a process of their own, in an empty
-folder. A block that cannot run has ``<!-- not run: reason -->`` in the line above it.
+folder. A block that cannot run has ``<!-- not run: reason -->`` in the line above it. A block of
+text that follows one, without words between, is what that one prints.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import fork_server
+import public_names
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -38,6 +40,7 @@ class Block:
     line: int
     text: str
     is_run: bool
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def _read(page: Path) -> Iterator[Block | Line]:
         while number < len(lines) and not closing.match(lines[number]):
             number += 1
         assert number < len(lines), f"{page.name}, line {start}: the block is never closed"
-        language = re.split(r"[\s{,]", opening["info"].strip("{ ."), maxsplit=1)[0].lower()
+        info = opening["info"].removeprefix("{code-cell}")  # of a notebook
+        language = re.split(r"[\s{,]", info.strip("{ ."), maxsplit=1)[0].lower()
         text = textwrap.dedent("\n".join(lines[start:number]) + "\n")
         yield Block(language, start + 1, text, is_run=not NOT_RUN.match(last_text))
         last_text = ""
@@ -73,11 +77,17 @@ def _read(page: Path) -> Iterator[Block | Line]:
 
 
 def _code_blocks(page: Path) -> list[Block]:
-    return [
-        item
-        for item in _read(page)
-        if isinstance(item, Block) and item.language in ("python", "py", "pycon", "doctest")
-    ]
+    blocks: list[Block] = []
+    is_next = False
+    for item in _read(page):
+        if isinstance(item, Line):
+            is_next = is_next and not item.text.strip()
+        elif is_next and item.language == "text":
+            blocks[-1] = replace(blocks[-1], output=item.text)
+            is_next = False
+        elif is_next := item.language in ("python", "py", "pycon", "doctest"):
+            blocks.append(item)
+    return blocks
 
 
 def _page_name(page: Path) -> str:
@@ -86,7 +96,7 @@ def _page_name(page: Path) -> str:
 
 # Runs in the child: argv[1] is the page, standard input the blocks.
 RUN_BLOCKS = f"""
-import doctest, json, sys, types, warnings
+import contextlib, doctest, io, json, sys, types, warnings
 
 warnings.simplefilter("error")
 page, blocks = sys.argv[1], json.load(sys.stdin)
@@ -102,7 +112,12 @@ for block in blocks:
         if runner.failures:
             sys.exit(f"{{page}}, line {{line}}: the block prints something else")
     else:
-        exec(compile("\\n" * (line - 1) + text, page, "exec"), module.__dict__)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile("\\n" * (line - 1) + text, page, "exec"), module.__dict__)
+        want, got = block["output"], printed.getvalue()
+        checker = doctest.OutputChecker()
+        if want is not None and not checker.check_output(want, got, {DOCTEST_OPTIONS}):
+            sys.exit(f"{{page}}, line {{line}}: the block prints\\n{{got}}")
 """
 
 
@@ -118,6 +133,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
 # Where modules with doctests lie, and the folder from which they are imported.
 MODULES = {
     ROOT / "dvkernels": ROOT,
+    ROOT / "docs" / "_extensions": ROOT / "docs" / "_extensions",
     ROOT / "tests" / "doubles": ROOT / "tests" / "doubles",
     ROOT / "tests" / "model_checker": ROOT / "tests",
     ROOT / "asv_benchmarks" / "peers": ROOT / "asv_benchmarks",
@@ -164,20 +180,11 @@ def test_links_resolve(page: Path) -> None:
     assert not broken, "\n".join(broken)
 
 
-def _exists(name: str) -> bool:
-    module, _, attribute = name.rpartition(".")
-    try:
-        return hasattr(importlib.import_module(module), attribute) or bool(
-            importlib.import_module(name)
-        )
-    except ImportError:
-        return False
-
-
-def test_the_reference_describes_what_exists() -> None:
-    described = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
-    names = [name for page in PAGES for name in described.findall(page.read_text("utf-8"))]
-    assert [name for name in names if not _exists(name)] == []
+def test_the_reference_lists_every_public_name_once() -> None:
+    entry = re.compile(r"^ +~(dvkernels\.[\w.]+)$", re.MULTILINE)
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    listed = [name for page in pages for name in entry.findall(page.read_text("utf-8"))]
+    assert sorted(listed) == sorted(public_names.public_names())
 
 
 def _test_command() -> str:

@@ -18,18 +18,19 @@ PROGRAMS = Path(__file__).parent / "worker_programs.py"
 SHARED = Path("/dev/shm")
 
 START = """
-import json, os, sys
+import importlib, json, os, sys
 sys.modules["mpi4py"] = None  # which no host group imports
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import worker_programs
+folder, file = os.path.split(sys.argv[1])
+sys.path.insert(0, folder)
+programs = importlib.import_module(file.removesuffix(".py"))
 count, program, *words = json.loads(sys.argv[2])
 children = []
 for rank in range(count):
     child = os.fork()
     if child == 0:
         os.environ.update(DVKERNELS_GROUP_RANK=str(rank), DVKERNELS_GROUP_SIZE=str(count))
-        sys.argv = ["worker_programs.py", program, *words]
-        getattr(worker_programs, program)(*words)
+        sys.argv = [file, program, *words]
+        getattr(programs, program)(*words)
         print(f"done: {rank}", flush=True)
         sys.exit()  # with the handlers of the exit, as any program
     children.append(child)
@@ -47,13 +48,15 @@ print("codes:", json.dumps([codes[child] for child in children]))
 """
 
 
-def outcome(count: int, program: str, *words: object) -> tuple[list[int], str]:
+def outcome(
+    count: int, program: str, *words: object, file: Path = PROGRAMS
+) -> tuple[list[int], str]:
     """Return the exit status of each process, and the output; nothing of the job is left."""
     name = f"dvkernels-test-{uuid.uuid4().hex}"
     arguments = json.dumps([count, program, *map(str, words)])
     try:
         ended = fork_server.run(
-            START, PROGRAMS, arguments, DVKERNELS_GROUP=name, DVKERNELS_GROUP_TOKEN=name
+            START, file, arguments, DVKERNELS_GROUP=name, DVKERNELS_GROUP_TOKEN=name
         )
     except subprocess.TimeoutExpired as late:
         pytest.fail(f"the job did not end in {late.timeout:g} s; it wrote:\n{late.output}")
@@ -64,7 +67,7 @@ def outcome(count: int, program: str, *words: object) -> tuple[list[int], str]:
     return json.loads(codes), written
 
 
-def run(count: int, program: str, *words: object) -> None:
+def run(count: int, program: str, *words: object, file: Path = PROGRAMS) -> None:
     """Run a job that must succeed."""
-    codes, written = outcome(count, program, *words)
+    codes, written = outcome(count, program, *words, file=file)
     assert codes == [0] * count, written

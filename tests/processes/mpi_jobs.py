@@ -84,10 +84,11 @@ class Job:
         prefix: Sequence[str] = (),
         options: Sequence[str] | None = None,
         environ: Mapping[str, str] | None = None,
+        file: Path = PROGRAMS,
     ):
         self.mark = uuid.uuid4().hex
         words = [*prefix, mpiexec(), *(options or ())]
-        command = [*words, "-n", str(count), sys.executable, str(PROGRAMS)]
+        command = [*words, "-n", str(count), sys.executable, str(file)]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         # Our warnings are errors in workers as in tests; MPI's own output is suppressed.
         environment = os.environ | _OPEN_MPI | {_MARK: self.mark, "PYTHONPATH": path}
@@ -133,9 +134,13 @@ class Job:
 
 
 def run(
-    count: int, program: str, *args: object, environ: Mapping[str, str] | None = None
+    count: int,
+    program: str,
+    *args: object,
+    environ: Mapping[str, str] | None = None,
+    file: Path = PROGRAMS,
 ) -> Outcome:
     """Run a job that must succeed."""
-    outcome = Job(count, program, *args, environ=environ).wait()
+    outcome = Job(count, program, *args, environ=environ, file=file).wait()
     assert outcome.code == 0, outcome.written
     return outcome

@@ -53,6 +53,17 @@ class Restored:
         Paths of objects that are not in the checkpoint; they are unchanged.
     unexpected : tuple of str
         Paths of saved objects that have no counterpart in the program.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import dvkernels as dv
+    >>> checkpoint = dv.Checkpoint(settings={"rate": 0.1})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     checkpoint.save(f"{folder}/saved")
+    ...     restored = checkpoint.restore(f"{folder}/saved")
+    >>> restored.values, restored.missing
+    ({'settings': {'rate': 0.1}}, ())
     """
 
     path: Path

@@ -145,11 +145,20 @@ class _RestorePlanner:
                 self._loads.finish.append(
                     functools.partial(_fill_with_iterations, steps, optimizer)
                 )
+            elsewhere = variable.owner.optimizer_states
+            if elsewhere is not None:
+                set_steps = functools.partial(elsewhere.set_steps, optimizer, variable, steps)
+                self._loads.finish.append(set_steps)
             slotted.pop(id(variable), None)
         known = {id(variable) for variable in self._tree.variables.values()}
         for variable in slotted.values():
             if self._loads.fills(variable):
                 # A variable that had no slots when it was saved restarts with zeros.
+                elsewhere = variable.owner.optimizer_states
+                if elsewhere is not None:
+                    load = functools.partial(elsewhere.load, optimizer, variable, {}, 0)
+                    self._loads.finish.append(load)
+                    continue
                 slots = [each for slot in optimizer.slots(variable) for each in copies_of(slot)]
                 arrays = [*slots, optimizer.steps(variable)]
                 self._loads.finish += [functools.partial(array.fill, 0) for array in arrays]

@@ -93,6 +93,10 @@ class TensorLoads:
 
     def _arrays_to_fill(self, variable: Variable) -> list[Any]:
         """Return the copies; where nobody can write them, arrays of which they are made anew."""
+        if variable.owner.make_copies is not None:  # it lies in other processes
+            content = np.empty(variable.shape, variable.dtype)
+            self.finish.append(functools.partial(variable.assign, content))
+            return [content]
         storage = storage_of(variable)
         if not storage.memory.is_immutable:
             return list(storage.arrays)

@@ -15,9 +15,10 @@ from dvkernels.communicators.workers.consistency import (
     FailureState,
     Fingerprint,
 )
+from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.communicators.workers.shm.symmetric_memory import Columns, SymmetricMemory
 from dvkernels.devices.array_spec import HostArray
-from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
+from dvkernels.errors import ClusterError, CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
 from dvkernels.user_errors import describe
 
@@ -79,6 +80,21 @@ class Transport(ControlChannel):
         target, and no divisor.
         """
 
+    def all_reduce_short(
+        self,
+        source: HostArray,
+        target: HostArray,
+        op: Reduction,
+        call: Fingerprint,
+        divisor: int = 1,
+    ) -> bool:
+        """Write the reduction of all workers' sources to the target, if that takes a short call.
+
+        False: nothing has been done.
+        """
+        del source, target, op, call, divisor
+        return False
+
     @abstractmethod
     def all_gather_bytes(self, source: HostArray, call: Fingerprint) -> list[HostArray]:
         """Return the bytes of all workers, whose numbers may differ."""
@@ -86,6 +102,12 @@ class Transport(ControlChannel):
     @abstractmethod
     def broadcast_into(self, target: HostArray, root: int, call: Fingerprint) -> None:
         """Write the root's bytes, which its ``target`` holds, to every ``target``."""
+
+    def channels(self) -> list[MessageChannel | None]:
+        """Return a message channel to each other worker; all workers call this together."""
+        raise ClusterError(
+            "servers need workers of MPI, or of one host; these exchange no messages"
+        )
 
     def duplicate(self) -> Transport:
         """Return the transport between the same workers for another thread: the second channel."""

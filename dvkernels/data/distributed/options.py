@@ -13,7 +13,16 @@ __all__ = ["AutoShardPolicy", "InputOptions"]
 
 
 class AutoShardPolicy(NamedEnum):
-    """Policy by which several workers share a dataset; a single worker takes all of it."""
+    """Policy by which several workers share a dataset; a single worker takes all of it.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> [policy.value for policy in dv.AutoShardPolicy]
+    ['auto', 'file', 'data', 'off']
+    >>> dv.InputOptions(auto_shard_policy="data").auto_shard_policy
+    <AutoShardPolicy.DATA: 'data'>
+    """
 
     AUTO = "auto"  # by files where the dataset allows it, else by rows
     FILE = "file"
@@ -35,7 +44,7 @@ class InputOptions:
         takes its rows of each global batch. ``"file"``: each reads files of its own. ``"auto"``:
         by files where the dataset allows it, its files are sequential and no remainder is dropped,
         else by rows. ``"off"``: each worker reads everything. See
-        :class:`dvkernels.data.distributed.dataset.DistributedDataset`.
+        :class:`~dvkernels.data.distributed.dataset.DistributedDataset`.
     prefetch_to_device : bool
         Copy the parts of batches to the GPUs of their replicas, through page-locked memory, while
         the GPUs still compute; else the parts stay NumPy arrays. CPU replicas need no copy.

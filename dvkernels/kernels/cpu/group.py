@@ -209,6 +209,13 @@ def barrier(state, rank):  # type: ignore[no-untyped-def]
     Notes
     -----
     It takes 0.2 us with a core for each of two replicas.
+
+    Examples
+    --------
+    >>> import numba
+    >>> from dvkernels.kernels.cpu import group
+    >>> alone = group.Group(1)
+    >>> numba.njit(lambda state: group.barrier(state, 0))(alone.state)
     """
     zero = np.int64(0)
     address = _check_state(state, np.int64(rank), zero)
@@ -239,6 +246,16 @@ def all_reduce(state: Any, rank: int, array: Any, op: str = "sum") -> None:
     -----
     Each of R replicas reduces its part of S bytes, so all cores work: 2 R S bytes, two barriers.
     The bits are those of ``kernels.direct_all_reduce``.
+
+    Examples
+    --------
+    >>> import numba
+    >>> import numpy as np
+    >>> from dvkernels.kernels.cpu import group
+    >>> alone, values = group.Group(1), np.array([1.0, 3.0])
+    >>> numba.njit(lambda state, array: group.all_reduce(state, 0, array))(alone.state, values)
+    >>> values  # the sum of one replica; `Group` has an example of two
+    array([1., 3.])
     """
     raise TypeError("group.all_reduce is for functions compiled by numba.njit; see kernels")
 
@@ -297,6 +314,16 @@ def broadcast(state: Any, rank: int, array: Any, root: int) -> None:
     ------
     CollectiveTimeoutError, CollectiveMismatchError, ValueError
         As in :func:`all_reduce`.
+
+    Examples
+    --------
+    >>> import numba
+    >>> import numpy as np
+    >>> from dvkernels.kernels.cpu import group
+    >>> alone, values = group.Group(1), np.array([1.0, 3.0])
+    >>> numba.njit(lambda state, array: group.broadcast(state, 0, array, 0))(alone.state, values)
+    >>> values
+    array([1., 3.])
     """
     raise TypeError("group.broadcast is for functions compiled by numba.njit; see kernels")
 

@@ -309,10 +309,10 @@ def test_a_call_that_loses_every_worker_is_given_up(strategy, coordinator):
 def test_a_thread_that_dies_outside_of_a_call_is_replaced(monkeypatch):
     begin, failures = closure_queue.ClosureQueue.begin, [MemoryError("no memory is left")]
 
-    def failing(self, worker, closure):
+    def failing(self, worker, closure, place):
         if failures:
             raise failures.pop()
-        begin(self, worker, closure)
+        begin(self, worker, closure, place)
 
     monkeypatch.setattr(closure_queue.ClosureQueue, "begin", failing)
     with dv.ParameterServerStrategy(num_workers=1) as strategy:

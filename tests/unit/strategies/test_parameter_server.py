@@ -14,7 +14,8 @@ from dvkernels.errors import ClusterError, DeviceError
     [
         ({"num_servers": 1}, ClusterError),
         ({"num_servers": -1}, ClusterError),
-        ({"cluster_resolver": object()}, ClusterError),
+        ({"cluster_resolver": object()}, TypeError),
+        ({"num_servers": 1, "num_workers": 2}, ClusterError),
         ({"variable_partitioner": 3}, ClusterError),
         ({"num_workers": 0}, DeviceError),
         ({"num_workers": True}, DeviceError),

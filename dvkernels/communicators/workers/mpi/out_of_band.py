@@ -89,6 +89,12 @@ class OutOfBandMessages:
             else:
                 self._waits[tag - _WAITS, other] = int(text)
 
+    def why_gone(self, other: int) -> tuple[str, bool]:
+        """Return why a worker has left, "" if it has not, and whether it did so in order."""
+        self.poll()
+        rounds, why = self.left.get(other, _PRESENT)
+        return why, rounds is not _LOST_ROUNDS and bool(why)
+
     def remaining(self) -> list[int]:
         """Return the other workers that have not left."""
         self.poll()

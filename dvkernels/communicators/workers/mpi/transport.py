@@ -15,8 +15,10 @@ from mpi4py import MPI
 
 from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.consistency import FailureState, Fingerprint, Vote
+from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.communicators.workers.mpi.collectives import MpiCollectives
 from dvkernels.communicators.workers.mpi.control_rounds import ControlRounds
+from dvkernels.communicators.workers.mpi.mpi_channel import MpiChannel
 from dvkernels.communicators.workers.mpi.mpi_point_to_point import MpiPointToPoint
 from dvkernels.communicators.workers.mpi.out_of_band import OutOfBandMessages
 from dvkernels.communicators.workers.mpi.point_to_point import Finish
@@ -59,6 +61,7 @@ class MpiTransport(Transport):
         super().__init__(
             comm.rank, comm.size, timeout_seconds, self._out_of_band, channel, failures
         )
+        self._comm = comm
         own_comm = comm.Dup()
         own_comm.Set_errhandler(MPI.ERRORS_RETURN)
         p2p = MpiPointToPoint(own_comm)
@@ -76,6 +79,15 @@ class MpiTransport(Transport):
                 failures=self._failures,
                 out_of_band=self._out_of_band,
             )
+
+    def channels(self) -> list[MessageChannel | None]:
+        comm = self._comm.Dup()
+        comm.Set_errhandler(MPI.ERRORS_RETURN)
+        why_gone = self._out_of_band.why_gone
+        return [
+            None if peer == self.rank else MpiChannel(comm, peer, functools.partial(why_gone, peer))
+            for peer in range(self.size)
+        ]
 
     # -- arrays -----------------------------------------------------------------------------------
 

@@ -97,6 +97,10 @@ class SymmetricMemory:
         """Whether a segment has been allocated: the same on all workers."""
         return bool(self._open)
 
+    def allocate(self, nbytes: int) -> list[HostArray]:
+        """Return cleared memory of each worker, outside of all arrays; all call this together."""
+        return [*self._segments.open(nbytes)]
+
     # -- allocation -------------------------------------------------------------------------------
 
     def empty(

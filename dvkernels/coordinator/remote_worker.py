@@ -1,0 +1,108 @@
+"""Remote worker: a process that runs the closures which one thread of the coordinator sends it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import numpy as np
+
+from dvkernels.coordinator.closure import Closure
+from dvkernels.errors import ContextError
+from dvkernels.strategies.servers import message
+from dvkernels.strategies.servers.processes import JobProcesses
+from dvkernels.user_errors import brief, describe
+
+__all__: list[str] = []
+
+MOST_CAPTURED_NBYTES = 1 << 20
+
+
+@final
+class RemoteWorker:
+    """Worker process, as the thread of the coordinator that sends its closures sees it."""
+
+    def __init__(self, processes: JobProcesses, number: int) -> None:
+        self._processes = processes
+        self._channel = processes.channel(processes.workers[number])
+        self.place = f"in {self._channel.place}"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the process has ended."""
+        return bool(self._channel.why_gone()[0])
+
+    @property
+    def why_servers_lost(self) -> str:
+        """Which server is gone, with its variables; "" if all are there."""
+        return self._processes.client.why_lost()
+
+    def call(self, closure: Closure) -> Any:
+        """Send a closure, wait for its end, and return its result or raise its error.
+
+        Writes that count once come with the result, and this process hands them on to the servers:
+        a worker that dies has reported all of them or none.
+        """
+        processes = self._processes
+        self._channel.post(closure.sent)
+        came = None
+        # Replies come in order; one before may be to a coordinator that has been closed.
+        while came is None or message.number_of(came) != closure.number:
+            came = self._channel.next(str(closure), math.inf)
+        error, result, writes = message.decode(came, processes.objects)
+        if error is not None:
+            raise error
+        if writes:
+            processes.client.ask(f"the writes of {closure}", writes)
+        return result
+
+
+def encoded(
+    processes: JobProcesses,
+    number: int,
+    once: bool,
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> list[memoryview]:
+    """Return a call as a message; raise if it cannot be sent, or captures too much.
+
+    The message has its own copy of all arrays, so that the call sees them as they were scheduled,
+    also if it runs again.
+    """
+    try:
+        parts = message.encode(
+            (number, once, fn, tuple(args), dict(kwargs)), processes.objects, number
+        )
+        nbytes = message.nbytes_of(parts)
+        if nbytes > MOST_CAPTURED_NBYTES:  # of the function, or of its arguments?
+            nbytes = message.nbytes_of(message.encode(fn, processes.objects))
+    except Exception as error:
+        raise ContextError(
+            f"schedule: the call of {brief(fn, 40)} cannot be sent to a worker process: "
+            f"{describe(error)}; create inside the function what cannot be sent"
+        ) from error
+    if nbytes > MOST_CAPTURED_NBYTES:
+        raise ContextError(
+            f"schedule: {brief(fn, 40)} captures {nbytes:,} bytes{_largest_of(fn)}, which would be "
+            f"sent with every call, and at most {MOST_CAPTURED_NBYTES:,} may be: make it a "
+            f"dv.Variable in the scope of the strategy, which the function reads by read_value or "
+            f"gather_rows; or data of the workers, by create_per_worker_dataset"
+        )
+    return message.owned(parts)
+
+
+def _largest_of(fn: Any) -> str:
+    """Return the name of the largest array that a function captures, for its error."""
+    try:
+        captured = inspect.getclosurevars(fn)
+    except TypeError:
+        return ""
+    found = {**captured.globals, **captured.nonlocals}
+    arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+    if not arrays:
+        return ""
+    name = max(arrays, key=lambda each: arrays[each].nbytes)
+    return f", of which the array {name!r} has {arrays[name].nbytes:,}"

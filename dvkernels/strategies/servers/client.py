@@ -1,0 +1,175 @@
+"""Client of the servers: sends requests, one message for each server, and waits for the answers."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, final
+
+from dvkernels.communicators.workers.message_channel import MessageChannel
+from dvkernels.errors import CollectiveTimeoutError, ContextError, WorkerLostError
+from dvkernels.profiler import tracing
+from dvkernels.replicas.step_lock import StepLock
+from dvkernels.strategies.servers import message
+from dvkernels.strategies.servers.message import References
+from dvkernels.threads import shielded
+
+__all__: list[str] = []
+
+
+class _ServerLink:
+    """Server as a client sees it."""
+
+    def __init__(self, channel: MessageChannel) -> None:
+        self.channel = channel
+        self.turn = StepLock()  # of the threads of this process
+        self.num_asked = 0
+        self.dropped: deque[Any] = deque()  # keys of variables and optimizers that are gone
+        self.nbytes = 0  # of the rows that it has, on the coordinator
+        self.names: dict[int, str] = {}  # of the variables that are known here, by key
+
+
+@final
+class ServerClient:
+    """Requests of one process to all servers; threads take turns for each server.
+
+    Parameters
+    ----------
+    channels : sequence of MessageChannel
+        To the servers.
+    timeout_seconds : float
+        How long an answer may take [s].
+    is_interruptible : bool
+        Whether Ctrl-C may reach the main thread of this process.
+    """
+
+    references: References  # set when the strategy exists
+
+    def __init__(
+        self,
+        channels: Sequence[MessageChannel],
+        timeout_seconds: float,
+        is_interruptible: bool,
+    ) -> None:
+        self.servers = {channel.peer: _ServerLink(channel) for channel in channels}
+        self._timeout_seconds = timeout_seconds
+        self._is_interruptible = is_interruptible
+        self._pid = os.getpid()
+        self.is_closed = False
+
+    def ask(self, what: str, asked: Sequence[tuple[int, tuple[Any, ...]]]) -> list[Any]:
+        """Return the answers to requests, ``(server, request)``; each server gets one message.
+
+        A request is ``(verb, function, key, *arguments)``.
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            A server does not answer.
+        WorkerLostError
+            A server is gone; names its variables.
+        """
+        if self._pid != os.getpid():
+            raise ContextError(
+                f"{what}: this process was forked from one that talks to the servers; only that "
+                f"one can"
+            )
+        if self.is_closed:
+            raise ContextError(f"{what}: its strategy has been closed, and the servers have ended")
+        recording = tracing.active
+        verb = asked[0][1][0] if asked else ""
+        began = 0 if recording is None or verb == "report" else recording.begin(verb)
+        answers: list[Any]
+        if self._is_interruptible:
+            ask = functools.partial(self._ask, what, asked)
+            answers = shielded.uninterrupted(ask, is_atomic=True)
+        else:
+            answers = self._ask(what, asked)
+        if recording is not None and began:
+            about = {"request": what, "servers": sorted({rank for rank, _ in asked})}
+            recording.end(verb, "request", began, about)
+        return answers
+
+    def name(self, key: int, name: str, blocks: Iterable[Any]) -> None:
+        """Keep the name of a variable, of which servers have blocks, for messages."""
+        for block in blocks:
+            self.servers[block.server].names[key] = name
+
+    def drop(self, key: Any) -> None:
+        """Let the servers drop what has this key, with the next message to each."""
+        for server in self.servers.values():
+            server.names.pop(key, None)
+            server.dropped.append(key)
+
+    def why_lost(self) -> str:
+        """Return which server is gone, with its variables; "" if all are there."""
+        for server in self.servers.values():
+            if why := server.channel.why_gone()[0]:
+                return f"{_description(server)}: {why}"
+        return ""
+
+    def _ask(self, what: str, asked: Sequence[tuple[int, tuple[Any, ...]]]) -> list[Any]:
+        by_server: dict[int, list[int]] = {}
+        for position, (rank, _) in enumerate(asked):
+            by_server.setdefault(rank, []).append(position)
+        answers: list[Any] = [None] * len(asked)
+        taken: list[Any] = []
+        try:
+            for rank in sorted(by_server):
+                lock = self.servers[rank].turn.lock()
+                if not lock.acquire(timeout=self._timeout_seconds):
+                    raise CollectiveTimeoutError(
+                        f"{what} waited {self._timeout_seconds:g} s in vain for another thread "
+                        f"that waits for server {rank}"
+                    )
+                taken.append(lock)
+            for rank, positions in by_server.items():
+                self._send(self.servers[rank], [asked[position][1] for position in positions])
+            # All answers are taken before an error is raised.
+            outcomes = [self._outcome(what, self.servers[rank]) for rank in by_server]
+        finally:
+            for lock in taken:
+                lock.release()
+        for (error, results), positions in zip(outcomes, by_server.values(), strict=True):
+            if error is not None:
+                raise error
+            for position, result in zip(positions, results, strict=True):
+                answers[position] = result
+        return answers
+
+    def _send(self, server: _ServerLink, listed: list[tuple[Any, ...]]) -> None:
+        server.num_asked += 1
+        dropped = [server.dropped.popleft() for _ in range(len(server.dropped))]
+        parts = message.encode((dropped, listed), self.references, server.num_asked)
+        server.channel.post(parts)
+
+    def _outcome(self, what: str, server: _ServerLink) -> tuple[BaseException | None, list[Any]]:
+        while True:
+            try:
+                came = server.channel.next(what, self._timeout_seconds)
+            except WorkerLostError as error:
+                text = f"{what}: {_description(server)} is lost: {server.channel.why_gone()[0]}"
+                lost = WorkerLostError(f"{text}; restore a checkpoint in a new job")
+                lost.__cause__ = error
+                return lost, []
+            if came is None:
+                text = (
+                    f"{what}: server {server.channel.peer} has not answered for "
+                    f"{self._timeout_seconds:g} s; was it stopped? Give timeout_seconds if its "
+                    f"requests take longer"
+                )
+                return CollectiveTimeoutError(text), []
+            if message.number_of(came) == server.num_asked:
+                outcome: tuple[BaseException | None, list[Any]]
+                outcome = message.decode(came, self.references)
+                return outcome
+            # else it is the late answer to a request that was given up
+
+
+def _description(server: _ServerLink) -> str:
+    names = sorted(server.names.copy().values())
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    held = f"variables {', '.join(map(repr, names[:8]))}{more}" if names else "no variable"
+    return f"server {server.channel.peer}, which has {held},"
