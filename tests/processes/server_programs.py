@@ -386,18 +386,16 @@ def workers_die(num_calls: str, folder: str, seed: str = "0") -> None:
                     kill(os.getpid())
             return k
 
-        def returned():
-            return coordinator.stats().returned
-
         def kill_others():
             for moment, victim in zip(moments, victims, strict=True):
-                while returned() < moment:
+                while len(values) < moment:
                     time.sleep(0.001)
                 os.kill(victim, signal.SIGKILL)
 
-        killer = threading.Thread(target=kill_others)
+        values, killer = [], threading.Thread(target=kill_others)
         killer.start()
-        values = [coordinator.schedule(call, (k,), once=True) for k in range(count)]
+        for k in range(count):
+            values.append(coordinator.schedule(call, (k,), once=True))
         coordinator.join()
         killer.join()
         assert coordinator.fetch(values) == list(range(count))
