@@ -58,8 +58,7 @@ class RingChannel(MessageChannel):
     def receive(self) -> HostArray | None:
         while True:
             target = self._target
-            address = target.ctypes.data + self._num_received
-            missing = target.nbytes - self._num_received
+            address, missing = self._address + self._num_received, target.nbytes - self._num_received
             self._num_received += message_ring.take(self._inbox_address, address, missing)
             if self._num_received < target.nbytes:
                 return None
@@ -71,6 +70,7 @@ class RingChannel(MessageChannel):
 
     def _begin(self, target: HostArray, is_length: bool) -> None:
         self._target, self._is_length, self._num_received = target, is_length, 0
+        self._address = target.ctypes.data
 
 
 def channels(
