@@ -58,7 +58,8 @@ class RingChannel(MessageChannel):
     def receive(self) -> HostArray | None:
         while True:
             target = self._target
-            address, missing = self._address + self._num_received, target.nbytes - self._num_received
+            address = self._address + self._num_received
+            missing = target.nbytes - self._num_received
             self._num_received += message_ring.take(self._inbox_address, address, missing)
             if self._num_received < target.nbytes:
                 return None
