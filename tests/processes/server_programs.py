@@ -443,6 +443,29 @@ def calls_fail(num_calls: str, seed: str = "0") -> None:
         assert returned == {*range(count)} - wrong
 
 
+def worker_dies(folder: str) -> None:
+    """Where MPI goes on without a killed process, another one runs its call again."""
+    with make(1) as strategy:
+        seen = variable_of(strategy, np.zeros(40, np.int64), "seen")
+        coordinator = dv.ClusterCoordinator(strategy)
+        mark = pathlib.Path(folder, "mark")
+
+        def call(k):
+            seen.scatter_add([k], [1])
+            if k >= 7:
+                with contextlib.suppress(FileExistsError):
+                    mark.mkdir()
+                    kill(os.getpid())
+            return k
+
+        values = [coordinator.schedule(call, (k,), once=True) for k in range(40)]
+        coordinator.join()
+        assert coordinator.fetch(values) == list(range(40))
+        np.testing.assert_array_equal(seen, 1)
+        assert coordinator.stats().repeated == 1
+        print("survived", flush=True)
+
+
 def all_workers_die() -> None:
     with make(1) as strategy:
         coordinator = dv.ClusterCoordinator(strategy)
