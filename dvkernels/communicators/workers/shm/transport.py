@@ -102,6 +102,30 @@ class SharedMemoryTransport(Transport):
             in_parts = self._all_reduce.is_in_parts(sum(column[0].nbytes for column in columns))
             self._kernels.all_reduce(columns, num_sources, op, call, divisor, in_parts)
 
+    def all_reduce_short(
+        self,
+        source: HostArray,
+        target: HostArray,
+        op: Reduction,
+        call: Fingerprint,
+        divisor: int = 1,
+    ) -> bool:
+        consistency = self._consistency
+        with consistency:
+            if not consistency.is_settled:
+                return False
+            outcome = self._all_reduce.run_short(
+                source, target, op, self._number, call.number, divisor
+            )
+            if outcome == shm_all_reduce.DECLINED:
+                return False
+            self._number += 1
+            if outcome != shm_all_reduce.DONE:
+                self._await_all(call)
+                self._go_on(call, divisor, has_arrived=True)
+            self._last = call
+            return True
+
     def _all_reduce_in_place(
         self, columns: Columns, num_sources: int, op: Reduction, call: Fingerprint, divisor: int
     ) -> bool:
@@ -124,21 +148,27 @@ class SharedMemoryTransport(Transport):
 
     def _run_compiled(self, call: Fingerprint, divisor: int) -> None:
         """Run the compiled all-reduce, again after each wait for a late worker."""
-        consistency, all_reduce = self._consistency, self._all_reduce
-        has_arrived = not consistency.is_settled
+        has_arrived = not self._consistency.is_settled
         if has_arrived:
             self._agree(call)
+        self._go_on(call, divisor, has_arrived=has_arrived)
+
+    def _go_on(self, call: Fingerprint, divisor: int, *, has_arrived: bool) -> None:
         while True:
-            outcome, self._number = all_reduce.run(
+            outcome, self._number = self._all_reduce.run(
                 self._number, call.number, divisor, has_arrived=has_arrived
             )
             if outcome == shm_all_reduce.DONE:
                 self._last = call
                 return
             has_arrived = True
-            if self._wait(call) != shm_barrier.AGREED:
-                consistency.diagnose(self._votes(), call)
-                self._agree(call)
+            self._await_all(call)
+
+    def _await_all(self, call: Fingerprint) -> None:
+        """Wait, with the current piece staged, until all workers have voted for this call."""
+        if self._wait(call) != shm_barrier.AGREED:
+            self._consistency.diagnose(self._votes(), call)
+            self._agree(call)
 
     def _agree(self, call: Fingerprint) -> None:
         """Vote, with the current piece staged, until all workers vote for this call."""
