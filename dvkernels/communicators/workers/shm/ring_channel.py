@@ -15,7 +15,7 @@ from dvkernels.kernels.cpu import message_ring
 
 __all__: list[str] = []
 
-_LENGTH_NBYTES = 8  # of the number that precedes a message
+_JOINED_NBYTES = 1 << 16  # of a message that is copied once more, to be one part
 
 
 @final
@@ -40,8 +40,12 @@ class RingChannel(MessageChannel):
 
     def post(self, parts: Sequence[memoryview]) -> None:
         nbytes = sum(part.nbytes for part in parts)
-        self._unsent.append(np.array([nbytes], np.int64).view(np.uint8))
-        self._unsent.extend(np.frombuffer(part, np.uint8) for part in parts if part.nbytes)
+        length = np.array([nbytes], np.int64).tobytes()
+        if nbytes <= _JOINED_NBYTES:
+            self._unsent.append(np.frombuffer(b"".join([length, *parts]), np.uint8))
+        else:
+            whole = [length, *(part for part in parts if part.nbytes)]
+            self._unsent.extend(np.frombuffer(part, np.uint8) for part in whole)
         self.flush()
 
     def flush(self) -> bool:
