@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import gc
 import itertools
 import json
 import os
@@ -214,7 +215,9 @@ def calls(num_servers: str) -> None:
         table = variable_of(strategy, np.zeros((NUM_ROWS, 2)), "table")
         coordinator = dv.ClusterCoordinator(strategy)
         _results(strategy, coordinator, table)
+        rows = _rows_read(coordinator)
         _counts(coordinator, strategy)
+        assert _rows_read(coordinator) == rows  # its variable has been dropped
         _errors(coordinator, table)
         _refusals(strategy, coordinator)
         coordinator.join()
@@ -304,6 +307,12 @@ def _counts(coordinator, strategy) -> None:
     assert counters >= {"calls", *(f"rows of server {each.rank}" for each in after.servers)}
 
 
+def _rows_read(coordinator) -> int:
+    gc.collect()
+    coordinator.stats()  # the next message to each server says what nobody has any more
+    return sum(each.rows_read for each in coordinator.stats().servers)
+
+
 def _errors(coordinator, table) -> None:
     class Odd(Exception):
         def __init__(self, one, two):
@@ -360,6 +369,55 @@ def _refusals(strategy, coordinator) -> None:
             assert coordinator.stats().queued <= 4
     with pytest.raises(ContextError, match="cannot be sent to a worker process"):
         coordinator.schedule(lambda: threading.current_thread(), (threading.Lock(),))
+
+
+def interrupted() -> None:
+    """Ctrl-C ends a wait and not the calls, and leaves a request whole."""
+    is_armed, num_sent = [False], 0
+
+    def interrupt(*_):
+        if is_armed[0]:
+            is_armed[0] = False
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    with make(1) as strategy:
+        table = variable_of(strategy, np.zeros((NUM_ROWS, 2)), "table")
+        coordinator = dv.ClusterCoordinator(strategy)
+        has_begun = threading.Event()
+
+        def send():
+            nonlocal num_sent
+            has_begun.wait()
+            while num_sent < 50:
+                if is_armed[0]:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    num_sent += 1
+                time.sleep(0.001)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        value = coordinator.schedule(lambda: time.sleep(0.2) or table.gather_rows([1]).sum())
+        num_interrupts = num_tried = num_done = 0
+        while sender.is_alive():
+            try:
+                is_armed[0] = True
+                has_begun.set()
+                coordinator.join()
+                while sender.is_alive():
+                    num_tried += 1
+                    table.scatter_add([3, 5], 1.0)
+                    num_done += 1
+            except KeyboardInterrupt:
+                num_interrupts += 1
+        is_armed[0] = False
+        sender.join()
+        coordinator.join()
+        assert value.fetch() == 0.0
+        assert num_interrupts > 1
+        content = table.numpy()
+        assert num_done <= content[3, 0] <= num_tried
+        np.testing.assert_array_equal(content[3], content[5])
 
 
 # -- losses --------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ def test_examples_have_servers(example, tmp_path):
         pytest.param("coordinator_fails", [0, 0], marks=pytest.mark.wide),
         pytest.param("coordinator_dies", [1, 1], marks=pytest.mark.wide),
         pytest.param("call_never_ends", [0, 0], marks=pytest.mark.wide),
+        pytest.param("interrupted", [0, 0], marks=pytest.mark.wide),
     ],
 )
 def test_a_loss_is_an_error_with_names_and_no_wait(program, others):
