@@ -45,10 +45,10 @@ if _typing.TYPE_CHECKING:
     from dvkernels.replica_context import get_replica_context as get_replica_context
     from dvkernels.strategies import partitioners as partitioners
     from dvkernels.strategies.base import Strategy as Strategy
-    from dvkernels.strategies.base import set_strategy as set_strategy
     from dvkernels.strategies.central_storage import (
         CentralStorageStrategy as CentralStorageStrategy,
     )
+    from dvkernels.strategies.global_strategy import set_strategy as set_strategy
     from dvkernels.strategies.mirrored import MirroredStrategy as MirroredStrategy
     from dvkernels.strategies.multi_worker_mirrored import (
         MultiWorkerMirroredStrategy as MultiWorkerMirroredStrategy,
@@ -58,6 +58,7 @@ if _typing.TYPE_CHECKING:
         ParameterServerStrategy as ParameterServerStrategy,
     )
     from dvkernels.strategies.per_replica_values import ValueContext as ValueContext
+    from dvkernels.strategies.tpu import TPUStrategy as TPUStrategy
     from dvkernels.values.distributed import DistributedValues as DistributedValues
     from dvkernels.values.distributed import Mirrored as Mirrored
     from dvkernels.values.distributed import PerReplica as PerReplica
@@ -88,7 +89,7 @@ _TOGETHER = {
     "ReplicaContext": "dvkernels.replica_context",
     "get_replica_context": "dvkernels.replica_context",
     "Strategy": "dvkernels.strategies.base",
-    "set_strategy": "dvkernels.strategies.base",
+    "set_strategy": "dvkernels.strategies.global_strategy",
     "CentralStorageStrategy": "dvkernels.strategies.central_storage",
     "MirroredStrategy": "dvkernels.strategies.mirrored",
     "MultiWorkerMirroredStrategy": "dvkernels.strategies.multi_worker_mirrored",
@@ -108,6 +109,7 @@ _ALONE = {
     "ClusterCoordinator": "dvkernels.coordinator.cluster_coordinator",
     "ParameterServerStrategy": "dvkernels.strategies.parameter_server",
     "RemoteValue": "dvkernels.coordinator.closure",
+    "TPUStrategy": "dvkernels.strategies.tpu",
     "partitioners": "dvkernels.strategies",
     "Checkpoint": "dvkernels.checkpoint.checkpoint",
     "CheckpointManager": "dvkernels.checkpoint.manager",

@@ -12,27 +12,26 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from dvkernels.communicators.single import Single
 from dvkernels.devices.device import Device
 from dvkernels.errors import ContextError
-from dvkernels.philox import StrategyGenerators
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.pending import PendingCall
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.values import regroup
 from dvkernels.values.handle import Handle
 from dvkernels.values.placement import Placement
-from dvkernels.values.process_bound import ProcessBound
+from dvkernels.values.random_draws import RandomDraws
 
 __all__ = ["get_strategy", "has_strategy", "in_cross_replica_context"]
 
 
-class Replica(ProcessBound):
+class Replica(RandomDraws):
     """Replica of one step: its identity, and its part in the rendezvous."""
 
     __slots__ = ("__weakref__", "_rank", "_replica_id", "_step", "_strategy", "placement")
+
+    trace: Any = None  # of a replica of a step that JAX traces: the values of its variables
 
     def __init__(self, placement: Placement, step: Rendezvous, rank: int, strategy: Any) -> None:
         self.placement = placement
@@ -70,62 +69,6 @@ class Replica(ProcessBound):
     def strategy(self) -> Any:
         """The strategy that runs this replica."""
         return default_strategy() if self._strategy is None else self._strategy
-
-    def rng(self, name: str = "") -> np.random.Generator:
-        """Return the random generator of this replica for this step.
-
-        Parameters
-        ----------
-        name : str
-            One stream of numbers for each name. A second call with the same name in one step
-            returns the same Generator, which goes on where it was.
-
-        Returns
-        -------
-        numpy.random.Generator
-            Of Philox, in host memory. Its stream is a function of the seed of the strategy, the
-            name, the step and the replica id. So the draws are the same in every run on the same
-            number of replicas, and after a resume with ``Checkpoint(strategy=strategy)``. Functions
-            compiled by Numba take it as an argument.
-
-        Raises
-        ------
-        TypeError
-            ``name`` is not a string.
-        ContextError
-            The run of this context has ended.
-
-        Notes
-        -----
-        A step is a ``run`` that returned: one that raised is not counted, so that the next try
-        makes the same draws. A ``run`` inside ``merge_call`` belongs to the step around it. In
-        ``map`` the index of the item takes the place of step and replica. Outside of every scope
-        the generator of a name goes on through the whole program.
-
-        A generator that you keep beyond its step goes on with the stream of that step. One that
-        you do not keep is used again in the next step, since making one takes as long as many
-        draws.
-
-        Examples
-        --------
-        >>> import dvkernels as dv
-        >>> def step():
-        ...     return dv.get_replica_context().rng("noise").integers(100, size=3)
-        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"], seed=7) as strategy:
-        ...     print(strategy.run(step))
-        ...     print(strategy.run(step))
-        PerReplica(0: array([11, 78, 30]), 1: array([97, 48,  2]))
-        PerReplica(0: array([79, 73, 88]), 1: array([ 6, 91, 47]))
-        """
-        step = self._step
-        if step.closed:
-            step.check_alive("rng")
-        generators: StrategyGenerators = self.strategy.generators
-        if step.item_index is not None:
-            return generators.of_item(self._rank, step.item_index, name)
-        if self._strategy is None:
-            return generators.outside(name)
-        return generators.of_replica(self._rank, self._replica_id, name)
 
     def __repr__(self) -> str:
         return (

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+import dvkernels
 from dvkernels._version import __version__
 from dvkernels.devices import cpu
 
-__all__ = ["about", "commit_date", "settle_allocator"]
+__all__ = ["BUSY", "about", "commit_date", "settle_allocator"]
 
+BUSY = 0.1  # share of the cores that other programs may take, before a comparison means nothing
 _PACKAGES = ("numpy", "numba", "scikit-learn", "joblib", "threadpoolctl")
 _CPUINFO = Path("/proc/cpuinfo")
 _LARGE_NBYTES = 31 << 20  # just below 32 MiB, the largest that glibc's allocator learns from
@@ -67,7 +69,7 @@ def commit_date(commit: str) -> str | None:
 
 
 def _commit() -> str:
-    """Return the commit; it is called dirty if a source has changed, not for new results."""
+    """Return the commit of the library; "dirty" if a source has changed, not for new results."""
     commit = _git("rev-parse", "--short", "HEAD")
     changed = _git("status", "--porcelain", "--", ":/dvkernels", ":/asv_benchmarks/**.py")
     return f"{commit}-dirty" if commit and changed else commit or "unknown"
@@ -77,7 +79,11 @@ def _git(*words: str) -> str:
     """Return what git prints, empty where it fails or there is none."""
     try:
         found = subprocess.run(
-            ("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+            ("git", *words),
+            cwd=Path(dvkernels.__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except OSError:
         return ""

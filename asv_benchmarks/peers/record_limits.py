@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure the runs, and write the history after each."""
+    """Measure the runs, and write the history after each; return 1 if the machine was busy."""
     if reason := c_probe.reason_for_none():
         raise AlgorithmError(
             f"record-limits: needs a C compiler, with whose kernel ours is compared: {reason}"
@@ -54,10 +54,16 @@ def run(arguments: argparse.Namespace) -> int:
     path = output_paths.file("--history", arguments.history)
     history = limit_history.load(path)
     about = machine.about()
+    is_busy = False
     for _ in range(arguments.runs):
-        history.append(_measured(about["commit"], about["machine"], arguments.rounds))
+        found = _measured(about["commit"], about["machine"], arguments.rounds)
+        if found.others_share is not None and found.others_share > machine.BUSY:
+            print(f"# not added: other programs took {found.others_share:.0%} of the cores")
+            is_busy = True
+            continue
+        history.append(found)
         atomic_file.write_text(path, limit_history.text_of(history))
-    return 0
+    return int(is_busy)
 
 
 def _measured(commit: str, processor: str, rounds: int) -> LimitRun:

@@ -185,7 +185,7 @@ def _program(name: str, hidden: int, batch: int, epochs: int) -> Program:
         "step",
         lambda sizes: _number_of_steps(sizes["batch"], sizes["epochs"]),
         _flat,
-        2e-5,
+        1e-6,
         (of_possible(0.8), *(at_most(1.0, name) for name in _PEERS)),
         share,
         needs=("sklearn",),
@@ -196,4 +196,4 @@ def _number_of_steps(batch: int, epochs: int) -> int:
     return epochs * (len(digits.with_shifts(digits.load("float32")).train_labels) // batch)
 
 
-PROGRAMS = (_program("digits", 768, 2048, 6), _program("digits-1024", 1024, 1024, 3))
+PROGRAMS = (_program("digits", 768, 2048, 4), _program("digits-1024", 1024, 1024, 2))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peers.machine import BUSY
+
 from dvkernels.cli.argument_types import counted
 from programs.program import OURS
 
 __all__ = ["markdown", "text"]
 
-_BUSY = 0.1  # share of the cores
 # Comparisons are records here, as :meth:`programs.comparison.Comparison.as_record` makes them.
 Record = Mapping[str, Any]
 
@@ -105,4 +106,4 @@ def _others(records: Sequence[Record]) -> list[str]:
         return []
     low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
     remark = f"other programs took {low if low == high else f'{low} to {high}'} % of the cores"
-    return [remark + (", too much for a comparison" if max(shares) > _BUSY else "")]
+    return [remark + (", too much for a comparison" if max(shares) > BUSY else "")]

@@ -7,6 +7,7 @@ import importlib
 import os
 import platform
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from dvkernels.cluster.host_group import HostGroup
 from dvkernels.cluster.resolver import ClusterResolver
@@ -16,6 +17,7 @@ from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.single import Single
 from dvkernels.communicators.workers.shm import available
+from dvkernels.devices import jax_devices
 from dvkernels.devices.device import Device
 from dvkernels.errors import AlgorithmError, ClusterError
 from dvkernels.threads import shielded
@@ -71,6 +73,21 @@ def between_workers(
     return connect.connect(resolver, timeout_seconds, algorithm)
 
 
+def between_jax_processes(timeout_seconds: float) -> Workers:
+    """Return the communicator of the processes of ``jax.distributed``, or ``Single`` for one.
+
+    Raises
+    ------
+    ClusterError, CollectiveTimeoutError
+        See ``jax.coordination_service.connect``.
+    """
+    if jax_devices.num_processes() == 1:
+        return Single()
+    from dvkernels.communicators.jax import coordination_service
+
+    return coordination_service.connect(timeout_seconds)
+
+
 def for_any_memory(workers: Workers, are_on_gpus: bool) -> Workers:
     """Return workers that take GPU arrays too, if some worker's replicas are on GPUs.
 
@@ -91,11 +108,12 @@ def between_all(
     cross_device_ops: object,
     workers: Workers,
     bytes_per_bucket: int | None = None,
+    mesh: Any = None,
 ) -> tuple[list[int], Communicator, Communicator]:
     """Return the number of replicas of each worker, and two communicators of all replicas.
 
     The second communicator is for the progress thread. Every worker calls this, with the devices of
-    its own replicas.
+    its own replicas, and with the mesh of all of them if they are JAX's.
 
     Raises
     ------
@@ -103,6 +121,13 @@ def between_all(
         Some workers ask for NCCL and others do not. Raised on all workers.
     """
     asks_for_nccl = _name_of(cross_device_ops) == "nccl"
+    if mesh is not None and not isinstance(cross_device_ops, Communicator):
+        if asks_for_nccl or bytes_per_bucket:
+            raise AlgorithmError(
+                "replicas on JAX devices communicate through XLA, without buckets: use "
+                "cross_device_ops='auto'"
+            )
+        return _between_jax_devices(devices, cross_device_ops, workers, mesh)
     local = between_devices(devices, "auto" if asks_for_nccl else cross_device_ops)
     answers = workers.exchange((len(devices), asks_for_nccl))
     counts = [count for count, _ in answers]
@@ -169,6 +194,23 @@ def between_devices(devices: Sequence[Device], cross_device_ops: object) -> Comm
         f"expected cross_device_ops to be one of {sorted([*_ALGORITHMS, 'nccl'])} or an object "
         f"with the methods of dvkernels.Communicator, got {cross_device_ops!r}"
     )
+
+
+def _between_jax_devices(
+    devices: Sequence[Device], cross_device_ops: object, workers: Workers, mesh: Any
+) -> tuple[list[int], Communicator, Communicator]:
+    """Return what ``between_all`` does, for JAX devices; XLA chooses its algorithms."""
+    from dvkernels.communicators.jax.shard_map import ShardMap
+
+    local = between_devices(devices, cross_device_ops)  # of host memory
+    counts = workers.exchange(len(devices))
+    first = sum(counts[: workers.rank])
+    main = ShardMap(devices, between_replicas(local, workers, counts), mesh, workers, first)
+    if workers.size == 1:
+        return counts, main, main
+    others = workers.duplicate()
+    host = between_replicas(local, others, counts)
+    return counts, main, ShardMap(devices, host, mesh, others, first, in_background=True)
 
 
 def algorithm_namer(communicator: Communicator) -> Callable[[int, int], str]:

@@ -1,4 +1,4 @@
-"""Memory of a strategy's arrays: of the host (NumPy), or of GPUs (CuPy).
+"""Memory of a strategy's arrays: of the host (NumPy), of GPUs (CuPy), or of JAX devices.
 
 Arithmetic needs no twins: NumPy's functions dispatch CuPy's arrays to CuPy by the protocols of
 NEP 13 and NEP 18. This module has the operations that these protocols do not cover: allocation,
@@ -31,8 +31,11 @@ __all__ = ["HOST", "ArrayMemory", "holding", "of"]
 class ArrayMemory(Protocol):
     """Operations on the arrays of one kind of device, other than kernels.
 
-    Arrays are NumPy's on the host and CuPy's on GPUs.
+    Arrays are NumPy's on the host and CuPy's on GPUs. Those of JAX cannot be written: where
+    ``is_immutable`` is true, variables take new arrays instead.
     """
+
+    is_immutable: bool
 
     def view(self, verb: str, buffer: Any, label: str) -> Array:
         """Return an array of another library as NumPy or CuPy array, without a copy."""
@@ -58,13 +61,17 @@ class ArrayMemory(Protocol):
     def is_writable(self, array: Array) -> bool:
         """Return whether an array is writable."""
 
+    def kept_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """Return the dtype in which data of a dtype are kept: JAX has no 64 bits unless asked."""
+
     def apply(self, function: Callable[..., Any], array: Array, *others: Any) -> Any:
         """Return ``function(array, *others)``, computed on the device of ``array``."""
 
-    def accumulate(self, function: Any, rows: Array, positions: Array, updates: Array) -> None:
-        """Apply a ufunc in place: ``rows[p] = function(rows[p], u)`` for each position and update.
+    def accumulate(self, function: Any, rows: Array, positions: Array, updates: Array) -> Any:
+        """Apply a ufunc: ``rows[p] = function(rows[p], u)`` for each position and update.
 
-        In the order of the updates; positions may repeat.
+        In the order of the updates; positions may repeat. Return the rows, which are the same
+        array where arrays can be written.
         """
 
     def overwrite(self, targets: Sequence[Array], values: Sequence[Array]) -> None:
@@ -95,6 +102,8 @@ def _write(arrays: Sequence[Any], where: Any, values: Sequence[Any]) -> None:
 class _Host:
     """Host memory: arrays of NumPy."""
 
+    is_immutable = False
+
     view = staticmethod(interop.view)
     like = staticmethod(interop.like)
 
@@ -118,11 +127,15 @@ class _Host:
     def is_writable(self, array: Any) -> bool:
         return bool(array.flags.writeable)
 
+    def kept_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        return dtype
+
     def apply(self, function: Callable[..., Any], array: Any, *others: Any) -> Any:
         return function(array, *others)
 
-    def accumulate(self, function: Any, rows: Any, positions: Any, updates: Any) -> None:
+    def accumulate(self, function: Any, rows: Any, positions: Any, updates: Any) -> Any:
         function.at(rows, positions, updates)
+        return rows
 
     def overwrite(self, targets: Sequence[Any], values: Sequence[Any]) -> None:
         # Writing a target would change a value that is a view of it: such values are copied first.
@@ -146,6 +159,8 @@ class _Host:
 @final
 class _Gpu:
     """GPU memory: arrays of CuPy, or simulated arrays in the simulator."""
+
+    is_immutable = False
 
     def __init__(self) -> None:
         self._arrays = cuda.arrays()
@@ -201,17 +216,21 @@ class _Gpu:
     def is_writable(self, array: Any) -> bool:
         return self._arrays.is_writable(array)
 
+    def kept_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        return dtype
+
     def apply(self, function: Callable[..., Any], array: Any, *others: Any) -> Any:
         with self._arrays.at(self._arrays.device_of(array)):
             return function(array, *others)
 
-    def accumulate(self, function: Any, rows: Any, positions: Any, updates: Any) -> None:
+    def accumulate(self, function: Any, rows: Any, positions: Any, updates: Any) -> Any:
         # Atomic operations would add in another order in each run. Round k applies the k-th update
         # of each row: as many rounds as the most frequent row has updates, usually one or two.
         with self._arrays.at(self._arrays.device_of(rows)):
             for selected in _conflict_free_rounds(positions):
                 where = positions[selected]
                 rows[where] = function(rows[where], updates[selected])
+        return rows
 
     def overwrite(self, targets: Sequence[Any], values: Sequence[Any]) -> None:
         target_buffers = cuda_arrays.locate("a write", targets, "target")
@@ -265,6 +284,14 @@ def gpu() -> ArrayMemory:
     return _Gpu()
 
 
+@functools.cache
+def of_jax() -> ArrayMemory:
+    """Return the memory of JAX devices."""
+    from dvkernels.devices import jax_arrays
+
+    return jax_arrays.MEMORY
+
+
 def of(devices: Sequence[Device]) -> ArrayMemory:
     """Return the memory of these devices; raise unless all are of one kind."""
     kinds = {device.kind for device in devices}
@@ -272,9 +299,11 @@ def of(devices: Sequence[Device]) -> ArrayMemory:
         named = ", ".join(map(str, devices))
         raise DeviceError(
             f"a strategy keeps its values in one kind of memory, and these devices have several: "
-            f"{named}; use CPU devices only, or GPUs only"
+            f"{named}; use devices of one kind only"
         )
-    return gpu() if kinds == {"cuda"} else HOST
+    if kinds == {"cuda"}:
+        return gpu()
+    return of_jax() if any(kind.startswith("jax:") for kind in kinds) else HOST
 
 
 def copied(array: Array, device: Device) -> Any:
@@ -295,5 +324,7 @@ def of_value(value: Any) -> ArrayMemory:
 
 
 def holding(array: Array) -> ArrayMemory:
-    """Return the memory of a NumPy or CuPy array."""
-    return HOST if isinstance(array, (np.ndarray, np.generic)) else gpu()
+    """Return the memory of an array of NumPy, CuPy or JAX."""
+    if isinstance(array, (np.ndarray, np.generic)):
+        return HOST
+    return of_jax() if interop.is_of_jax(array) else gpu()

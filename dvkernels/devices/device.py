@@ -1,4 +1,4 @@
-"""Device: a kind (CPU or CUDA) and an index."""
+"""Device: a kind (CPU, CUDA, or one of JAX) and an index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dvkernels.errors import DeviceError
 
 __all__ = ["Device"]
 
-_NAME = re.compile(r"([a-z]+):(0|[1-9][0-9]*)")
+_NAME = re.compile(r"((?:jax:)?[a-z]+):(0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True, order=True)
@@ -20,7 +20,7 @@ class Device:
     Parameters
     ----------
     kind : str
-        ``"cpu"`` or ``"cuda"``.
+        ``"cpu"``, ``"cuda"``, or of JAX ``"jax:tpu"`` or ``"jax:cpu"``.
     index : int
         Its number among the devices of that kind, from 0.
 
@@ -41,7 +41,9 @@ class Device:
         """Return the device of this name; raise ``DeviceError`` if the name is malformed."""
         match = _NAME.fullmatch(name)
         if match is None:
-            raise DeviceError(f'expected a device name such as "cpu:0" or "cuda:1", got {name!r}')
+            raise DeviceError(
+                f'expected a device name such as "cpu:0", "cuda:1" or "jax:tpu:0", got {name!r}'
+            )
         return cls(match[1], int(match[2]))
 
     def __str__(self) -> str:

@@ -36,7 +36,9 @@ def is_foreign(value: Any) -> bool:
     """Return whether a value is an array of another library than NumPy."""
     if isinstance(value, (np.ndarray, np.generic)):
         return False
-    return hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__")
+    speaks = hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__")
+    # An array that JAX traces has no memory to exchange.
+    return speaks or (type(value).__name__.endswith("Tracer") and is_of_jax(value))
 
 
 def is_on_gpu(buffer: Any) -> bool:

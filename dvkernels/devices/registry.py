@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from dvkernels.devices import cpu, cuda
+from dvkernels.devices import cpu, cuda, jax_devices
 from dvkernels.devices.device import Device
 from dvkernels.errors import DeviceError
 
@@ -17,7 +18,16 @@ def _cpu_devices() -> list[Device]:
     return [Device("cpu", index) for index in range(cpu.usable_cores())]
 
 
-_KINDS: dict[str, Callable[[], list[Device]]] = {"cpu": _cpu_devices, "cuda": cuda.devices}
+def _jax_devices(platform: str) -> list[Device]:
+    return jax_devices.listed(platform)
+
+
+_KINDS: dict[str, Callable[[], list[Device]]] = {
+    "cpu": _cpu_devices,
+    "cuda": cuda.devices,
+    "jax:cpu": functools.partial(_jax_devices, "cpu"),
+    "jax:tpu": functools.partial(_jax_devices, "tpu"),
+}
 
 
 def list_devices(kind: str | None = None) -> list[Device]:
@@ -29,12 +39,13 @@ def list_devices(kind: str | None = None) -> list[Device]:
         ``"cpu"``: one logical device per core that this process may use (affinity and cgroup
         quota; under a launcher, its share of them). More may be named: every ``"cpu:k"`` exists.
         ``"cuda"``: the GPUs that ``CUDA_VISIBLE_DEVICES`` makes visible to this process, none
-        where there is no driver.
+        where there is no driver. ``"jax:tpu"``, ``"jax:cpu"``: the devices of JAX, which are
+        listed only if they are asked for, since JAX starts its backends then.
 
     Raises
     ------
     DeviceError
-        There is no such kind.
+        There is no such kind; JAX is not installed, or has no such backend.
 
     Examples
     --------
@@ -43,7 +54,7 @@ def list_devices(kind: str | None = None) -> list[Device]:
     cpu:0
     """
     if kind is None:
-        return [device for found in _KINDS.values() for device in found()]
+        return [*_cpu_devices(), *cuda.devices()]
     if kind not in _KINDS:
         raise DeviceError(f"no devices of kind {kind!r}; the kinds here are {sorted(_KINDS)}")
     return _KINDS[kind]()
@@ -67,6 +78,12 @@ def resolve(device: object) -> Device:
         reason = cuda.missing()
         if reason or device not in cuda.devices():
             raise DeviceError(f"{reason or f'there is no device {device}'}; {_available()}")
+    if device.kind.startswith("jax:"):
+        found = _KINDS[device.kind]()
+        if device not in found:
+            raise DeviceError(
+                f"there is no device {device}; those of JAX here are {', '.join(map(str, found))}"
+            )
     return device
 
 

@@ -1,7 +1,7 @@
 """Optimizers: recipes over fused kernels, which reduce gradients and update variables in one pass.
 
-Imports: context, devices, errors, html_table, kernels, profiler, pytree, reduce_op, replicas,
-user_errors, values, variables, verbs.
+Imports: communicators, context, devices, errors, html_table, kernels, profiler, pytree, reduce_op,
+replicas, user_errors, values, variables, verbs.
 """
 
 from dvkernels.optimizers.adagrad import Adagrad as Adagrad

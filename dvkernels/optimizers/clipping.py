@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels import pytree, reduce_op
-from dvkernels.devices import array_memory
+from dvkernels.devices import array_memory, interop
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.values.operands import as_array
 from dvkernels.values.scalar_checks import within
@@ -45,9 +45,10 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
 
     Notes
     -----
-    No communication; for gradients on a GPU the host waits for the norm. To clip the mean of the
-    replicas' gradients, reduce first, and pass the clipped result to ``apply_gradients``: the mean
-    of equal gradients is the gradient itself.
+    No communication; for gradients on a GPU the host waits for the norm. Gradients of JAX, which
+    may be traced, are accumulated in float32 or wider; a traced norm stays an array. To clip the
+    mean of the replicas' gradients, reduce first, and pass the clipped result to
+    ``apply_gradients``: the mean of equal gradients is the gradient itself.
 
     Examples
     --------
@@ -60,6 +61,11 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
     if limit == 0:
         raise ValueError(f"clip_norm must be above 0; got {clip_norm!r}")
     leaves, structure = pytree.flatten(gradients)
+    if any(map(interop.is_of_jax, leaves)):  # perhaps traced: Python does not know the norm
+        from dvkernels.optimizers import functional_step
+
+        clipped, total = functional_step.clipped([*map(_floating, leaves)], limit)
+        return pytree.unflatten(structure, clipped), total
     arrays = [
         _floating(as_array(leaf, "clip_by_global_norm", 0, array_memory.of_value(leaf)))
         for leaf in leaves

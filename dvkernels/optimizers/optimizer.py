@@ -14,9 +14,11 @@ from dvkernels.kernels import backends, update_rules
 from dvkernels.optimizers import gradients
 from dvkernels.optimizers.optimizer_state import OptimizerState
 from dvkernels.optimizers.row_gradient import RowGradient, take_row_step
+from dvkernels.optimizers.slots import VariableState
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replicas.collective_call import CollectiveCall, Same
 from dvkernels.values import function_checks, replica_weights, scalar_checks
+from dvkernels.variables.copies import rebind
 from dvkernels.variables.table_server import PendingWrites, TableServer, apply_together
 from dvkernels.variables.variable import Variable, copies_of, storage_of
 
@@ -143,6 +145,12 @@ class Optimizer(OptimizerState):
         if replica is None:
             self._apply_cross_replica(checked_pairs, reduction, weight)
             return
+        if replica.trace is not None:
+            from dvkernels.optimizers import functional_step
+
+            given = [(replica.own(gradient), variable) for gradient, variable in checked_pairs]
+            functional_step.take_traced_step(self, replica.trace, given, reduction, weight)
+            return
         if weight is not None:
             weight = replica_weights.checked(replica.own(weight), gradients.VERB, reduction)
         own = [(replica.own(gradient), variable) for gradient, variable in checked_pairs]
@@ -251,6 +259,11 @@ class Optimizer(OptimizerState):
         """Take one step with the fused kernels."""
         names = self.slot_names
         variable_states = self._slots.states_of(variables, names)
+        steps = [int(each.steps) for each in variable_states]
+        if variables[0].owner.memory.is_immutable:
+            self._take_functional_step(variables, columns, op, steps)
+            self.count_steps(variable_states, max(steps) + 1)
+            return
         states = [[copies_of(variable) for variable in variables]]
         states += [[copies_of(each.slots[name]) for each in variable_states] for name in names]
         # A writable gradient shares no element with variables and slots: users get read-only views
@@ -258,7 +271,6 @@ class Optimizer(OptimizerState):
         is_writable = variables[0].owner.memory.is_writable
         is_checked = all(is_writable(gradient) for column in columns for gradient in column)
         weighting = {} if shares is None else {"shares": shares}  # on the CPU only
-        steps = [int(each.steps) for each in variable_states]
         backends.of(states[0][0][0]).optimizers.take_step(
             f"{type(self).__name__}.apply_gradients",
             self._rule(states[0], steps),
@@ -268,9 +280,26 @@ class Optimizer(OptimizerState):
             is_checked=is_checked,
             **weighting,
         )
-        for each in variable_states:
+        self.count_steps(variable_states, max(steps) + 1)
+
+    def _take_functional_step(
+        self, variables: list[Variable], columns: Columns, op: Reduction, steps: list[int]
+    ) -> None:
+        """Take one step whose results are new arrays, to which variables and slots are rebound."""
+        from dvkernels.optimizers import functional_step
+
+        found = functional_step.slots_of(self, variables)
+        states = functional_step.states_of(variables, found, self.slot_names)
+        rule = self._rule(columns, steps)
+        owner = variables[0].owner
+        contents = functional_step.new_contents(owner, rule, columns, states, op)
+        rebind([copies for each in states for copies in each], contents)
+
+    def count_steps(self, states: Sequence[VariableState], most: int) -> None:
+        """Count a step of each of these variables; ``most`` is the largest count afterwards."""
+        for each in states:
             each.steps[...] += 1
-        self._iterations = max(self._iterations, max(steps) + 1)
+        self._iterations = max(self._iterations, most)
 
 
 _first_steps = TableServer(())  # the slots of one variable after another are made

@@ -83,7 +83,28 @@ class Runner:
         self._idle: list[ThreadTeam] = []  # a stack: nested steps need threads of their own
         self._pid = os.getpid()  # last: after an interrupt before this, it is done again
 
-    def run(self, call: Call, nested: bool) -> list[Any]:
+    def run_program(self, program: Callable[[], Any]) -> Any:
+        """Return ``program()``, the step of all replicas at once, called on this thread."""
+        self._num_steps += 1
+        if tracing.active is not None:
+            program = functools.partial(self._traced_program, program)
+        try:
+            return self.run(None, False, program)
+        except BaseException as error:
+            if self._announce is not None:
+                self._announce(error)
+            raise
+
+    def _traced_program(self, program: Callable[[], Any]) -> Any:
+        replica, recording = self._first_replica, tracing.active
+        about = {"replica": replica, "step": self._num_steps, "strategy": self.label}
+        with tracing.span("run", "step", lane=f"replica {replica}", **about):
+            result = program()
+        if recording is not None:
+            recording.sample()
+        return result
+
+    def run(self, call: Any, nested: bool, program: Callable[[], Any] | None = None) -> Any:
         """Return ``[call(rendezvous, replica) for each replica]``, called concurrently.
 
         Raises :meth:`Rendezvous.outcome` if a replica fails. ``nested``: a step of this strategy is
@@ -111,7 +132,7 @@ class Runner:
             try:
                 self._step_lock.is_stepping = True
                 self._generators.num_begun += 1
-                results = self._run(call, seconds)
+                results = self._run(call, seconds) if program is None else program()
                 self._generators.num_done += 1
                 return results
             finally:

@@ -1,9 +1,11 @@
-"""Runner of replicas on GPUs: one CUDA stream per replica, ordered at each collective."""
+"""Runner of replicas on devices: one CUDA stream or default device each, ordered at collectives."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from dvkernels.devices.jax_devices import DefaultDevices
 from dvkernels.devices.replica_streams import StreamOrder
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.runner import Call, Runner
@@ -16,7 +18,7 @@ __all__: list[str] = []
 class StreamedRunner:
     """Runner that wraps another one, and runs each replica on its own stream of ``order``."""
 
-    def __init__(self, runner: Runner, order: StreamOrder) -> None:
+    def __init__(self, runner: Runner, order: StreamOrder | DefaultDevices) -> None:
         self._runner = runner
         self._order = order
 
@@ -35,7 +37,12 @@ class StreamedRunner:
                 return result
 
         with order.step():
-            return self._runner.run(on_stream, nested)
+            results: list[Any] = self._runner.run(on_stream, nested)
+            return results
+
+    def run_program(self, program: Callable[[], Any]) -> Any:
+        """Return ``program()``, the step of all replicas at once, called on this thread."""
+        return self._runner.run_program(program)
 
     def farm_out(self, farm: TaskFarm) -> None:
         """Occupy the replicas with a task farm, which comes after the caller's earlier work."""

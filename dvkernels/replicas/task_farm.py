@@ -20,6 +20,7 @@ from contextvars import Context, copy_context
 from typing import Any, final
 
 from dvkernels import deadlines, user_errors
+from dvkernels.devices.jax_devices import DefaultDevices
 from dvkernels.devices.replica_streams import StreamOrder
 from dvkernels.errors import CollectiveTimeoutError, ContextError
 from dvkernels.profiler import tracing
@@ -103,7 +104,7 @@ class TaskFarm:
         self.calls: list[int | None] = [None] * len(steps)  # the item each replica works on
         self._idents = [0] * len(steps)
         self._is_over = False  # no further item is taken
-        self.streams: StreamOrder | None = None  # of GPUs
+        self.streams: StreamOrder | DefaultDevices | None = None
         self.timeout_seconds = deadlines.DEFAULT_TIMEOUT_SECONDS  # of waits for calls to return
         self.share: int | None = None  # the threads of BLAS, OpenMP and Numba in each replica
         self._owner: Callable[[], object] = _nobody

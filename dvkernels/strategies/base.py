@@ -12,10 +12,11 @@ from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
 from dvkernels.context import Frame
 from dvkernels.data.distributed.dataset import EpochCounts
-from dvkernels.devices import array_memory, registry
+from dvkernels.devices import array_memory, jax_devices, registry
 from dvkernels.devices.device import Device
+from dvkernels.devices.jax_devices import DefaultDevices
 from dvkernels.devices.replica_streams import StreamOrder
-from dvkernels.errors import ContextError
+from dvkernels.errors import DeviceError
 from dvkernels.philox import StrategyGenerators
 from dvkernels.profiler import debugging
 from dvkernels.replica_context import ReplicaContext
@@ -23,6 +24,7 @@ from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.runner import Runner
 from dvkernels.replicas.streams import StreamedRunner
 from dvkernels.replicas.thread_limits import ThreadLimit
+from dvkernels.strategies.compiled_step import CompiledStep, JitSteps, TraceCounter
 from dvkernels.strategies.cross_replica import CrossReplica
 from dvkernels.strategies.dataset_distribution import DatasetDistribution
 from dvkernels.strategies.item_map import ItemMap
@@ -40,7 +42,13 @@ __all__ = ["Strategy"]
 
 
 class Strategy(
-    CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistribution, ItemMap, SeededSteps
+    CrossReplica,
+    PerReplicaValues,
+    VariableUpdate,
+    DatasetDistribution,
+    ItemMap,
+    SeededSteps,
+    JitSteps,
 ):
     """Distribution of a computation over replicas: devices, a communicator, a home for variables.
 
@@ -128,9 +136,19 @@ class Strategy(
         central = None if central_device is None else registry.resolve(central_device)
         workers = Single() if workers is None else workers
         memory = array_memory.of(resolved)
-        workers = communicators.for_any_memory(workers, memory is not array_memory.HOST)
+        if central is not None and memory.is_immutable:
+            raise DeviceError(
+                f"{type(self).__name__} keeps a single copy of each variable, and strategies over "
+                f"JAX have one for each device: use dv.TPUStrategy"
+            )
+        self._traces = TraceCounter()
+        mesh = None
+        if memory.is_immutable:
+            mesh = jax_devices.mesh(resolved, workers.exchange)
+        else:
+            workers = communicators.for_any_memory(workers, memory is not array_memory.HOST)
         counts, between_all, background = communicators.between_all(
-            resolved, communicator, workers, bytes_per_bucket
+            resolved, communicator, workers, bytes_per_bucket, mesh
         )
         name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
         if workers.size > 1:
@@ -144,6 +162,7 @@ class Strategy(
             workers=workers,
             replicas_of_workers=tuple(counts),
             background_communicator=background,
+            all_devices=mesh,
         )
         announce = workers.announce if workers.size > 1 else None
         on_host = self._placement.memory is array_memory.HOST
@@ -159,9 +178,14 @@ class Strategy(
             ThreadLimit(len(resolved)) if is_limited else None,
             communicators.algorithm_namer(between_all) if on_host else None,
         )
-        if not on_host:
+        if memory is array_memory.HOST:
+            return
+        order: StreamOrder | DefaultDevices
+        if memory.is_immutable:
+            order = DefaultDevices(resolved)
+        else:
             order = StreamOrder([device.index for device in resolved])
-            self._runner = StreamedRunner(self._runner, order)
+        self._runner = StreamedRunner(self._runner, order)
 
     @property
     def num_replicas_in_sync(self) -> int:
@@ -272,6 +296,10 @@ class Strategy(
         frame = context.require_cross_replica(self._placement, "run", True)
         # The common case, without a call.
         if type(fn) is not FunctionType or fn.__code__.co_flags & function_checks.REFUSED:
+            if type(fn) is CompiledStep:
+                if debugging.active is None:
+                    return self._run_compiled(fn, frame, args, kwargs)
+                fn = fn.fn  # whose values debug mode can check
             function_checks.check("run", fn)
         if not isinstance(args, (list, tuple)):
             given = f"got {type(args).__name__}; write run(fn, args=(x,))"
@@ -309,41 +337,3 @@ class Strategy(
     experimental_distribute_dataset = DatasetDistribution.distribute_dataset
     experimental_local_results = CrossReplica.local_results
     experimental_distribute_values_from_function = PerReplicaValues.distribute_values_from_function
-
-
-def set_strategy(strategy: Strategy | None) -> None:
-    """Set the strategy of the whole process, for all code outside every scope.
-
-    Parameters
-    ----------
-    strategy : Strategy or None
-        Applies as if its scope were entered; None resets to the default strategy.
-
-    Raises
-    ------
-    ContextError
-        Called inside a scope or a ``run``: meant to be called once, at the start of a program.
-    TypeError
-        Not a strategy.
-
-    Examples
-    --------
-    >>> import dvkernels as dv
-    >>> strategy = dv.MirroredStrategy(["cpu:0", "cpu:1"])
-    >>> dv.set_strategy(strategy)
-    >>> dv.get_strategy() is strategy
-    True
-    >>> dv.set_strategy(None)
-    >>> strategy.close()
-    """
-    if context.explicit() is not None:
-        raise ContextError(
-            "set_strategy must not be called inside a strategy's scope or run; call it at the "
-            "start of the program"
-        )
-    if strategy is None:
-        context.set_global(None)
-    elif isinstance(strategy, Strategy):
-        context.set_global(Frame(strategy._placement, strategy))
-    else:
-        raise TypeError(f"set_strategy expected a strategy or None, got {type(strategy).__name__}")

@@ -87,8 +87,12 @@ def reduce_along(
     ]
     total = communicator.reduce(parts, ReduceOp.SUM if op is ReduceOp.MEAN else op)
     if op is ReduceOp.MEAN:
-        array_memory.holding(total).apply(np.divide, total, total.dtype.type(count), total)
+        total = array_memory.holding(total).apply(_divided, total, count)
     return total.astype(dtype, copy=False)
+
+
+def _divided(total: Any, count: int) -> Any:
+    return np.divide(total, total.dtype.type(count), out=total)
 
 
 def _dtype_of_total(op: Reduction, dtype: Any) -> Any:

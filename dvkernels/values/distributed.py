@@ -299,7 +299,8 @@ class Mirrored(_Frozen[T]):
 
 def _copied(value: Any, device: Device) -> Any:
     array_spec.refuse_masked(value, f"copy_to {device}: a component")
-    is_array = isinstance(value, (np.ndarray, np.generic)) or interop.is_on_gpu(value)
+    is_of_numpy = isinstance(value, (np.ndarray, np.generic))
+    is_array = is_of_numpy or interop.is_on_gpu(value) or interop.is_of_jax(value)
     return array_memory.copied(value, device) if is_array else value
 
 

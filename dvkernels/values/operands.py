@@ -118,6 +118,11 @@ def _target(leaf: Any, array: Array, verb: str, replica: int, memory: ArrayMemor
             )
         leaf = memory.view(verb, leaf, who)
     is_writable = array_memory.holding(leaf).is_writable(leaf)
+    if interop.is_of_jax(leaf):
+        raise BufferMismatchError(
+            f"{verb}: out must be writable, {spec(array)}; replica {replica} passed an array of "
+            f"JAX, which nobody can write: take the result, without out"
+        )
     if (leaf.shape, leaf.dtype) != (array.shape, array.dtype) or not is_writable:
         raise BufferMismatchError(
             f"{verb}: out must be writable, {spec(array)}; replica "

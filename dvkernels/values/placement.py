@@ -11,6 +11,7 @@ from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
 from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.devices import array_memory as memory
+from dvkernels.devices import jax_devices
 from dvkernels.devices.device import Device
 from dvkernels.replicas.step_lock import StepLock
 
@@ -39,6 +40,7 @@ class Placement:
     background_communicator: Communicator | None = None  # of the progress thread; None: the same
     is_default: bool = False  # the default strategy: any strategy may read its variables
     step_lock: StepLock = field(default_factory=StepLock)
+    all_devices: Any = None  # the mesh of JAX over all workers; None: those of this process
     # Of a strategy whose variables have servers: the rows of each shard of a variable, given its
     # shape, dtype and name.
     deal_rows: Callable[[tuple[int, ...], Any, str], Sequence[range]] | None = None
@@ -89,6 +91,13 @@ class Placement:
     def memory(self) -> memory.ArrayMemory:
         """The memory that holds the arrays of these devices."""
         return memory.of([*self.replica_devices, *self.copy_devices])
+
+    @cached_property
+    def mesh(self) -> Any:
+        """The mesh of JAX of all replicas, over all workers."""
+        if self.all_devices is not None:
+            return self.all_devices
+        return jax_devices.mesh(self.replica_devices)
 
     def is_of(self, strategy: Placement) -> bool:
         """Return whether this is a strategy's placement, or that of one of its copies."""

@@ -37,6 +37,12 @@ def calling_replica(copies: Copies, verb: str, *, write: bool) -> ReplicaContext
             f"{verb} of variable {copies.name!r}: it belongs to {placement.name}, and this runs "
             f"under {frame.placement.name}; leave that strategy's scope first"
         )
+    if frame.replica is not None and frame.replica.trace is not None:
+        raise ContextError(
+            f"{verb} of variable {copies.name!r} in a step compiled for {frame.placement.name}: it "
+            f"was created outside every scope, so its value would become a constant of the "
+            f"program; create it inside strategy.scope(), or pass its value as an argument"
+        )
     if write and frame.replica is not None:
         raise ContextError(
             f"{verb} of variable {copies.name!r} in a replica of {frame.placement.name}: it was "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -146,6 +148,8 @@ class Copies:
             array: HostArray = np.asarray(value)
             if array.dtype.hasobject:
                 raise TypeError(f"a {type(value).__name__} is not a number or an array of numbers")
+            if self.memory.is_immutable:
+                array = array.astype(self.memory.kept_dtype(array.dtype), copy=False)
             return array
         except NotABufferError:
             raise
@@ -220,7 +224,9 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
     memory = writes[0][0].memory
     arrays = [array for copies, _ in writes for array in copies.arrays]
     values = [value for _, contents in writes for value in contents]
-    if memory is array_memory.HOST and _may_share(writes, arrays):
+    if memory.is_immutable:
+        _rebind_together(writes)
+    elif memory is array_memory.HOST and _may_share(writes, arrays):
         groups = [[contents[0], *copies.arrays] for copies, contents in writes]
         backends.cpu().broadcast_many_unchecked(groups)
     else:
@@ -228,6 +234,24 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
     if began:
         nbytes = sum(value.nbytes for value in values)
         trace_write(began, [copies for copies, _ in writes], nbytes)
+
+
+def _rebind_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
+    """Let the copies of several variables be copies of the values, each on its device."""
+    contents = [
+        tuple(map(copies.memory.new, values, copies.placement.copy_devices))
+        for copies, values in writes
+    ]
+    rebind([copies for copies, _ in writes], contents)
+
+
+def rebind(written: Sequence[Copies], contents: Iterable[Any]) -> None:
+    """Store new contents, in one expression during which the interpreter handles no signal.
+
+    ``contents`` may be an iterator that computes them: an interrupt comes before or after all of it
+    if it enters no Python code.
+    """
+    deque(map(setattr, written, repeat("content"), contents), maxlen=0)
 
 
 def trace_write(began: int, written: Sequence[Copies], nbytes: int) -> None:

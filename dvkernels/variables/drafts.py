@@ -47,7 +47,7 @@ class Draft(Copies):
                 f"this copy of variable {self.name!r} belongs to an update that has ended; write "
                 f"the variable itself"
             )
-        if self.is_written:
+        if self.is_written and not self.memory.is_immutable:
             super().commit(values)
         else:
             self.set_arrays([self.memory.copy_to_device_of(values[0], self.arrays[0])])

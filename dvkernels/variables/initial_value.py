@@ -10,11 +10,17 @@ import numpy as np
 from dvkernels import reduce_op
 from dvkernels.devices import interop
 from dvkernels.devices.array_spec import Spec, refuse_masked
-from dvkernels.errors import BufferMismatchError, NotABufferError, SynchronizationError
+from dvkernels.errors import (
+    BufferMismatchError,
+    NotABufferError,
+    SynchronizationError,
+    UnsupportedDTypeError,
+)
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values import function_checks
 from dvkernels.values.placement import Placement
 from dvkernels.variables.copies import Copies
+from dvkernels.variables.immutable_copies import ImmutableCopies
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
 from dvkernels.variables.reads import read
 
@@ -41,13 +47,23 @@ def initial_copies(
     if interop.is_foreign(value):
         value = placement.memory.view(f"variable {label!r}", value, "the initial value")
     try:
-        array = value if interop.is_on_gpu(value) else np.asarray(value)
+        is_on_device = interop.is_on_gpu(value) or interop.is_of_jax(value)
+        array = value if is_on_device else np.asarray(value)
         wanted = array.dtype if dtype is None else np.dtype(dtype)
+        kept = placement.memory.kept_dtype(wanted)
     except (TypeError, ValueError) as error:
         raise NotABufferError(
             f"variable {label!r}: the initial value {brief(content, 60)} is not an array: "
             f"{text_of(error)}"
         ) from error
+    if kept != wanted:
+        if dtype is not None or hasattr(value, "dtype"):
+            raise UnsupportedDTypeError(
+                f"variable {label!r}: expected numbers of at most 32 bits, got {wanted}: JAX has "
+                f"none of 64 bits unless jax_enable_x64 is set, by jax.config.update("
+                f"'jax_enable_x64', True) or JAX_ENABLE_X64=1; set it, or pass dtype='{kept}'"
+            )
+        wanted = kept
     if reduce_op.kind(array.dtype) in "biufc" and not (array.dtype == wanted and wanted.isnative):
         array = _cast(array, wanted, label)
     if reduce_op.kind(array.dtype) not in "biufc":
@@ -68,7 +84,8 @@ def initial_copies(
     if placement.make_copies is not None:
         made: Copies = placement.make_copies(array, placement, label, when, how)
         return made
-    return Copies([array], placement, label, when, how)
+    kind = ImmutableCopies if placement.memory.is_immutable else Copies
+    return kind([array], placement, label, when, how)
 
 
 def _cast(array: Any, dtype: np.dtype[Any], label: str) -> Any:

@@ -108,6 +108,8 @@ class VariableReads:
         mode = SYNC_MODES[self._copies.mode]
         if replica is None:
             return mode.read_across(self._copies)
+        if replica.trace is not None:
+            return replica.trace.read(self._copies)
         return mode.read_in_replica(self._copies, replica)
 
     def gather_rows(self, indices: Any, *, out: Any = None) -> Any:
@@ -149,6 +151,8 @@ class VariableReads:
         """
         copies, verb = self._copies, "gather_rows"
         replica, number = calling_replica(copies, verb, write=False), None
+        if replica is not None and replica.trace is not None:
+            return replica.trace.gather_rows(copies, replica.own(indices), out)
         if replica is not None:
             indices, number = replica.own(indices), replica.replica_id_in_sync_group
             out = replica.own(out)

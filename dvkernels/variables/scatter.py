@@ -56,7 +56,7 @@ def aggregate_then_scatter(
     ONLY_FIRST_REPLICA those of replica 0.
     """
     check_aggregation(copies, verb)
-    _check_additive(copies, verb)
+    check_additive(copies, verb)
     own = _checked_own(copies, verb, indices, updates, replica)
 
     def act(parts: list[Updates]) -> list[None]:
@@ -86,7 +86,7 @@ def scatter_own_copy(
 
 def scatter_every_copy_alike(copies: Copies, verb: str, indices: Any, updates: Any) -> None:
     """Apply the same row updates to every copy; a ``PerReplica`` raises."""
-    _check_additive(copies, verb)
+    check_additive(copies, verb)
     if isinstance(indices, PerReplica) or isinstance(updates, PerReplica):
         raise SynchronizationError(
             f"{verb} of variable {copies.name!r}: a PerReplica holds different values, and the "
@@ -139,7 +139,8 @@ def refuse_to_scatter(copies: Copies, verb: str, *_: object) -> NoReturn:
 # -- checks --------------------------------------------------------------------------------------
 
 
-def _check_additive(copies: Copies, verb: str) -> None:
+def check_additive(copies: Copies, verb: str) -> None:
+    """Raise where neither SUM nor MEAN defines what updates of several replicas make of a row."""
     combines = copies.aggregation in (VariableAggregation.SUM, VariableAggregation.MEAN)
     if verb in _NOT_ADDITIVE and combines and copies.placement is not context.UNSCOPED:
         raise SynchronizationError(
@@ -230,9 +231,27 @@ def _apply(copies: Copies, verb: str, changes: Sequence[_RowChange], divisor: in
             values.append(changed[1])
     if debugging.active is not None:
         check_written(copies, values)
-    memory.overwrite_rows(targets, rows, values)
+    if memory.is_immutable:
+        _commit_rows(copies, changes, rows, values)
+    else:
+        memory.overwrite_rows(targets, rows, values)
     if began:
         trace_write(began, [copies], _nbytes_of(changes))
+
+
+def _commit_rows(
+    copies: Copies, changes: Sequence[_RowChange], rows: Sequence[Any], values: Sequence[Any]
+) -> None:
+    """Commit copies with other rows, of arrays that cannot be written."""
+    changed = [k for change in changes for k in change.copies]
+    new: list[Any] = [*copies.arrays]
+    for k, where, content in zip(changed, rows, values, strict=True):
+        near = copies.memory.to_device_of(content, new[k])
+        new[k] = new[k].at[where].set(near)
+    if len(changed) == 1 < len(new):  # a replica's own: others may write theirs meanwhile
+        copies.commit_own(changed[0], new[changed[0]])
+    else:
+        copies.commit(new)
 
 
 def _nbytes_of(changes: Sequence[_RowChange]) -> int:
@@ -263,7 +282,7 @@ def _concatenated(copies: Copies, parts: Sequence[Updates]) -> Updates:
 
 
 def _changed(
-    array: Any, accumulate: Callable[..., None], verb: str, given: Updates, divisor: int
+    array: Any, accumulate: Callable[..., Any], verb: str, given: Updates, divisor: int
 ) -> tuple[HostArray, Any]:
     """Return the rows that change and their new content; ``array`` is unchanged."""
     if verb == "scatter_update":  # the last of several updates of a row wins
@@ -276,7 +295,7 @@ def _changed(
     content, updates = _wide(array[rows]), _wide(given.updates)
     if divisor != 1:
         updates = updates / updates.dtype.type(divisor)
-    accumulate(change, content, positions.reshape(-1), updates)
+    content = accumulate(change, content, positions.reshape(-1), updates)
     return rows, content.astype(array.dtype, copy=False)
 
 

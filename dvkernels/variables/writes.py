@@ -153,6 +153,8 @@ class VariableWrites:
         mode = SYNC_MODES[self._copies.mode]
         if replica is None:
             mode.write_across(self._copies, verb, value)
+        elif replica.trace is not None:
+            replica.trace.write(self._copies, verb, replica.own(value))
         else:
             mode.write_in_replica(self._copies, verb, value, replica)
 
@@ -161,6 +163,8 @@ class VariableWrites:
         mode = SYNC_MODES[self._copies.mode]
         if replica is None:
             mode.scatter_across(self._copies, verb, indices, updates)
+        elif replica.trace is not None:
+            replica.trace.scatter(self._copies, verb, replica.own(indices), replica.own(updates))
         else:
             mode.scatter_in_replica(self._copies, verb, indices, updates, replica)
 
@@ -228,6 +232,10 @@ def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
 
     if replica is None or replica is LONE_REPLICA:
         act([])
+        return
+    if replica.trace is not None:
+        for copies in listed:
+            replica.trace.sync(copies, reduction)
         return
     terms = (reduction.value, *(t for c in listed for t in (c.name, Same(id(c)))))
     replica.meet(CollectiveCall("sync", terms, None, act))

@@ -113,18 +113,21 @@ def test_a_damaged_line_is_named(history, capsys, line):
     assert "line 2 of" in capsys.readouterr().err
 
 
-def test_runs_are_added_to_the_history(history, monkeypatch):
+@pytest.mark.parametrize("share", [None, 0.02, 0.5])
+def test_runs_are_added_to_the_history_unless_the_machine_is_busy(history, monkeypatch, share):
     write, call, path = history
     write([limit_run("aaa1", 1.0, 1)])
     ratios = itertools.count(2.0)
+    monkeypatch.setattr(record_limits.CoreUsage, "share_of_others", lambda self: share)
     monkeypatch.setattr(record_limits, "_times_of_c", lambda case, rounds: [next(ratios)] * 3)
     monkeypatch.setattr(record_limits.c_probe, "reason_for_none", lambda: "")
     monkeypatch.setattr(record_limits.c_probe, "describe", lambda: "")
     monkeypatch.setattr(record_limits, "CASES", [("direct", 2, 1 << 20)])
-    assert call("record-limits", "--runs", "2", "--rounds", "1") == 0
+    assert call("record-limits", "--runs", "2", "--rounds", "1") == (share == 0.5)
     runs = limit_history.load(path)
-    assert [run.times_of_c["direct 2 x 1 MiB"][0] for run in runs] == [1.0, 2.0, 3.0]
-    assert runs[1].commit != "aaa1"
+    added = [] if share == 0.5 else [2.0, 3.0]
+    assert [run.times_of_c["direct 2 x 1 MiB"][0] for run in runs] == [1.0, *added]
+    assert all(run.commit != "aaa1" for run in runs[1:])
 
 
 def test_without_a_compiler_nothing_is_recorded(history, monkeypatch, capsys):

@@ -35,6 +35,7 @@ def _packages(example: Path) -> set[str]:
 
 def _case(example: Path):
     marks = [pytest.mark.jax] if "jax" in _packages(example) else []
+    marks += [pytest.mark.wide] if example.stem == "jax_digits" else []  # as long as ten others
     return pytest.param(example, id=example.stem, marks=marks)
 
 

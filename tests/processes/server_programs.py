@@ -224,6 +224,22 @@ def calls(num_servers: str) -> None:
         assert coordinator.done()
 
 
+class _Source:
+    """Sequence that counts how often it is sent."""
+
+    num_sent = 0
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        return index
+
+    def __reduce__(self):
+        _Source.num_sent += 1
+        return _Source, ()
+
+
 def _results(strategy, coordinator, table) -> None:
     processes = {}
 
@@ -248,10 +264,12 @@ def _results(strategy, coordinator, table) -> None:
         for _ in range(4)
     ]
     assert len({value.on(0) for value in coordinator.fetch(draws)}) == 4
-    own = iter(coordinator.create_per_worker_dataset(lambda: dv.Dataset.range(1000)))
+    source = _Source()
+    own = iter(coordinator.create_per_worker_dataset(lambda: dv.Dataset.from_sequence(source)))
     taken = coordinator.fetch([coordinator.schedule(next, (own,)) for _ in range(20)])
     assert {*map(int, taken)} >= {0, 1}
     assert max(map(int, taken)) < 20
+    assert 1 <= _Source.num_sent <= strategy.num_workers  # once to each worker
 
     adagrad = dv.optimizers.Adagrad(0.5)
     weights = variable_of(strategy, np.zeros((NUM_ROWS, 2), np.float32))

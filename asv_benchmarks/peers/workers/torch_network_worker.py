@@ -26,7 +26,7 @@ def write(data, rank, size, rendezvous):
     images, labels = torch.from_numpy(data["images"]), torch.from_numpy(data["labels"])
     hidden = len(initial[1])
     model = nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
-    replica = DistributedDataParallel(model)
+    replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def program():
         with torch.no_grad():

@@ -15,7 +15,7 @@ from dvkernels.devices.array_spec import Array, HostArray, Spec
 from dvkernels.errors import CheckpointError
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
 from dvkernels.variables.saved_variable import assign_first_copy
-from dvkernels.variables.variable import Variable, copies_of
+from dvkernels.variables.variable import Variable, storage_of
 
 __all__: list[str] = []
 
@@ -72,11 +72,7 @@ class TensorLoads:
         copies: list[Any] = [target]
         num_copies = 1
         if variable is not None:
-            copies, num_copies = list(copies_of(variable)), variable.owner.num_replicas
-            if variable.owner.make_copies is not None:  # it lies in other processes
-                content = np.empty(variable.shape, variable.dtype)
-                copies = [content]
-                self.finish.append(functools.partial(variable.assign, content))
+            copies, num_copies = self._arrays_to_fill(variable), variable.owner.num_replicas
         if len(names) == 1:
             self._load(names[0], copies)
             if variable is not None and _is_shared_out(variable):
@@ -94,6 +90,19 @@ class TensorLoads:
                 f"there are {num_copies} {'copies' if kind else 'that must be equal'}; restore on "
                 f"{len(names)} replicas, or make the copies equal (v.sync()) before saving"
             )
+
+    def _arrays_to_fill(self, variable: Variable) -> list[Any]:
+        """Return the copies; where nobody can write them, arrays of which they are made anew."""
+        if variable.owner.make_copies is not None:  # it lies in other processes
+            content = np.empty(variable.shape, variable.dtype)
+            self.finish.append(functools.partial(variable.assign, content))
+            return [content]
+        storage = storage_of(variable)
+        if not storage.memory.is_immutable:
+            return list(storage.arrays)
+        staging = [np.empty(array.shape, array.dtype) for array in storage.arrays]
+        self.finish.append(functools.partial(storage.commit, staging))
+        return [*staging]
 
     def _are_equal(self, names: Sequence[str]) -> bool:
         return len({self._tensors[name].checksums for name in names}) == 1

@@ -16,9 +16,10 @@ from dvkernels.data.distributed.balancer import Balancer
 from dvkernels.data.distributed.epoch_reader import Distribution
 from dvkernels.data.distributed.iterator import DistributedIterator
 from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
+from dvkernels.data.distributed.padding import Padder
 from dvkernels.data.distributed.sharding import Sharding
 from dvkernels.data.distributed.split import Splitter
-from dvkernels.data.distributed.to_device import DeviceCopier
+from dvkernels.data.distributed.to_device import copier_to
 from dvkernels.devices.device import Device
 from dvkernels.errors import DatasetError
 from dvkernels.profiler.debugging import LOGGER
@@ -173,8 +174,12 @@ class DistributedDataset(ProcessBound):
         self._dataset = dataset
         # PerReplica parses the devices, and checks that there is one for each replica.
         replica_devices = PerReplica((None,) * num_local, devices=devices, owner=owner).devices
-        is_copied = options.prefetch_to_device and replica_devices[0].kind == "cuda"
-        copier = DeviceCopier(replica_devices) if is_copied else None
+        copier = copier_to(replica_devices) if options.prefetch_to_device else None
+        padder = None
+        if options.pad:
+            padder = Padder(
+                0 if share.num_workers == 1 else sharding.longest_part(dataset.node, share)
+            )
         balancer = None
         if options.balance == "measured":
             if is_dealt:
@@ -188,7 +193,7 @@ class DistributedDataset(ProcessBound):
             dataset.node,
             _sharding(dataset, share, options, is_dealt),
             share,
-            Splitter(num_local, replica_devices, owner, is_dealt, copier, balancer),
+            Splitter(num_local, replica_devices, owner, is_dealt, copier, balancer, padder),
             options,
             is_dealt,
             exchange,

@@ -67,6 +67,10 @@ class InputOptions:
         are enough. Elements, order and states stay the same, and so do weighted means, up to
         rounding that differs from run to run. Each worker balances its own replicas; its rows of a
         global batch stay as many. Not for ``distribute_datasets_from_function``.
+    pad : bool
+        Give all parts one shape, as compiled steps of JAX need it: a batch becomes a pair of the
+        batch, its parts filled up with zeros, and of the weights of the rows, float32, 0 for a row
+        that was added. Parts become as long as the longest so far.
 
     Examples
     --------
@@ -81,6 +85,7 @@ class InputOptions:
     on_error: str = "raise"
     fingerprint: bool = False
     balance: str = "none"
+    pad: bool = False
 
     def __post_init__(self) -> None:
         if self.prefetch is not None:
@@ -89,6 +94,7 @@ class InputOptions:
         object.__setattr__(self, "auto_shard_policy", policy)
         check_flag("InputOptions", "prefetch_to_device", self.prefetch_to_device)
         check_flag("InputOptions", "fingerprint", self.fingerprint)
+        check_flag("InputOptions", "pad", self.pad)
         _check_choice("on_error", self.on_error, "raise", "skip")
         _check_choice("balance", self.balance, "none", "measured")
 

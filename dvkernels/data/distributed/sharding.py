@@ -117,6 +117,23 @@ def by_files(node: Node, share: WorkerShare, positions: Sequence[int], reason: s
     return Sharding(AutoShardPolicy.FILE, local, True, reason, own, ends_with_first=drops)
 
 
+def longest_part(node: Node, share: WorkerShare) -> int:
+    """Return the length of the longest part of a full global batch, which some worker has.
+
+    Raises
+    ------
+    DatasetError
+        The size of the global batch is not known.
+    """
+    batch = _batch_of(node)
+    if isinstance(batch, str):
+        raise DatasetError(
+            f"{_MEMBER}: pad=True over several workers needs to know the global batch; {node!r} "
+            f"{batch}; put batch() last"
+        )
+    return -(-batch.size // share.num_replicas)
+
+
 def _read_everything(node: Node, share: WorkerShare) -> Sharding:
     """Return the sharding of a worker that reads everything, in batches of its share."""
     reason = "asked for"

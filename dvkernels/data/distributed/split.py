@@ -10,8 +10,9 @@ import numpy as np
 
 from dvkernels.data.array_nest import Element, is_flat_dict, is_flat_tuple, leading_length
 from dvkernels.data.distributed.balancer import Balancer
+from dvkernels.data.distributed.padding import Padder
 from dvkernels.data.distributed.stats import StatsRecorder
-from dvkernels.data.distributed.to_device import DeviceCopier
+from dvkernels.data.distributed.to_device import BatchCopier
 from dvkernels.devices.device import Device
 from dvkernels.errors import DatasetError
 from dvkernels.pytree import describe_structure, flatten
@@ -35,10 +36,12 @@ class Splitter:
         Passed to every ``PerReplica``.
     is_dealt : bool
         The elements are batches of single replicas, assigned to them in turn, not global batches.
-    copier : DeviceCopier, optional
+    copier : BatchCopier, optional
         Copies the parts to their devices; without it they stay on the host.
     balancer : Balancer, optional
         Divides the batches; without it they are divided evenly.
+    padder : Padder, optional
+        Gives all parts one shape.
     """
 
     def __init__(
@@ -47,8 +50,9 @@ class Splitter:
         devices: Sequence[Device],
         owner: Placement | None,
         is_dealt: bool,
-        copier: DeviceCopier | None = None,
+        copier: BatchCopier | None = None,
         balancer: Balancer | None = None,
+        padder: Padder | None = None,
     ) -> None:
         self._num_local = num_local
         self._devices = devices
@@ -56,6 +60,7 @@ class Splitter:
         self._is_dealt = is_dealt
         self._copier = copier
         self.balancer = balancer
+        self._padder = padder
         self._slices: tuple[int, tuple[slice, ...]] = (-1, ())  # for the latest batch length
 
     def split(self, elements: list[Element], recorder: StatsRecorder) -> Any:
@@ -66,9 +71,11 @@ class Splitter:
         if self.balancer is not None:
             self._slices = (-1, ())  # divide this batch anew
         nest = self._assign_elements(elements) if self._is_dealt else self._split_batch(elements[0])
+        if self._padder is not None:
+            nest = self._padder.pad(nest)
         return nest if self._copier is None else self._on_devices(nest, self._copier, recorder)
 
-    def _on_devices(self, nest: Any, copier: DeviceCopier, recorder: StatsRecorder) -> Any:
+    def _on_devices(self, nest: Any, copier: BatchCopier, recorder: StatsRecorder) -> Any:
         """Return the parts, copied to their devices."""
         leaves, structure = flatten(nest)
         began = time.perf_counter()

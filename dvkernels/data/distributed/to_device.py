@@ -16,7 +16,7 @@ import numpy as np
 
 from dvkernels import reduce_op
 from dvkernels.data.array_nest import Element
-from dvkernels.devices import cuda
+from dvkernels.devices import array_memory, cuda
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.devices.device import Device
 from dvkernels.devices.gpu_times import GpuSpan
@@ -143,6 +143,37 @@ class DeviceCopier:
         for column, row, begin, array in ranges:
             part = packed[begin : begin + array.nbytes]
             copied[column][row] = part.view(array.dtype).reshape(array.shape)
+
+
+class JaxCopier:
+    """Copier of host arrays to the JAX devices of the replicas; JAX overlaps the copies itself.
+
+    Like JAX it makes 32 bits of 64, unless ``jax_enable_x64`` is set.
+    """
+
+    def __init__(self, devices: Sequence[Device]) -> None:
+        self._devices = devices
+        self._memory = array_memory.of(devices)
+
+    def copy(self, columns: Sequence[Sequence[Element]]) -> list[list[Element]]:
+        """Return the columns with each numeric array copied to the device of its replica."""
+        return [
+            [
+                self._memory.new(value, device) if _is_numeric(value) else value
+                for value, device in zip(column, self._devices, strict=True)
+            ]
+            for column in columns
+        ]
+
+
+BatchCopier = DeviceCopier | JaxCopier
+
+
+def copier_to(devices: Sequence[Device]) -> BatchCopier | None:
+    """Return a copier to the devices of the replicas; None if they are CPU devices."""
+    if devices[0].kind == "cuda":
+        return DeviceCopier(devices)
+    return JaxCopier(devices) if devices[0].kind.startswith("jax:") else None
 
 
 def _is_numeric(value: Any) -> bool:

@@ -355,28 +355,17 @@ class SharedMemoryAllReduce:
         return nbytes >= 0
 
     def run_short(
-        self,
-        source: HostArray,
-        target: HostArray,
-        op: Reduction,
-        epoch: int,
-        fingerprint: int,
-        divisor: int,
+        self, arrays: list[HostArray], op: Reduction, epoch: int, fingerprint: int, divisor: int
     ) -> int:
-        """Reduce a short array in one call; return the outcome, ``DECLINED`` if it has not begun.
+        """Reduce a short source to a target; return the outcome, DECLINED if it has not begun.
 
-        Else this member has arrived in the round after ``epoch``. It waits for some microseconds.
+        Else this member has arrived in the round after ``epoch``. It waits for microseconds only.
         """
-        found = _recipe_of(op, source.dtype)
+        found = _recipe_of(op, arrays[0].dtype)
         if found is None:
             return DECLINED
-        arrays = [source, target]
-        return int(
-            _run_short_now(
-                id(arrays), found.address, self._layout_address, self._address, self._job[1],
-                epoch, fingerprint, divisor,
-            )
-        )  # fmt: skip
+        addresses = (found.address, self._layout_address, self._address, self._job[1])
+        return int(_run_short_now(id(arrays), *addresses, epoch, fingerprint, divisor))
 
     def is_in_parts(self, nbytes: int) -> bool:
         """Return whether each member combines a part of the pieces; all members agree on it."""

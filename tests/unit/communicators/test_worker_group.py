@@ -15,6 +15,7 @@ from dvkernels.communicators.base import Workers
 from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
+from dvkernels.communicators.workers.consistency import fingerprint_of
 from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.communicators.workers.shm.segment import BUFFER_NBYTES
 from dvkernels.communicators.workers.shm.transport import SharedMemoryTransport
@@ -157,11 +158,32 @@ def test_many_arrays_reduce_at_once_as_they_do_one_by_one(
                 assert one.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("is_apart", [False, True], ids=["contiguous", "one is not"])
+@pytest.mark.parametrize("length", [0, 1, 2048, 2049])
+def test_short_arrays_have_the_bits_of_others(length, is_apart, is_late):
+    rng = np.random.default_rng(length)
+    values = [rng.standard_normal(length) for _ in range(3)]
+    given = [np.repeat(values[0], 2)[::2] if is_apart else values[0], *values[1:]]
+
+    def reduce(worker, communicator):
+        for _ in range(3):
+            time.sleep(0.01 * (is_late and worker == 1))
+            found = communicator.all_reduce([given[worker]], ReduceOp.MEAN)[0]
+        return found
+
+    workers = groups(3)
+    expected = kernels.all_reduce([value.copy() for value in values], "mean")[0]
+    calls = [functools.partial(reduce, rank, worker) for rank, worker in enumerate(workers)]
+    for found in at_once(*calls):
+        assert found.tobytes() == expected.tobytes()
+
+
 def test_a_worker_that_stops_between_two_pieces_is_named_in_the_timeout(monkeypatch):
     workers = groups(2, timeout_seconds=0.5)
     values = [np.ones(3 * BUFFER_NBYTES // 8), np.ones(BUFFER_NBYTES // 8)]
-    asked_alike = "dvkernels.communicators.workers.group.Spec"
-    monkeypatch.setattr(asked_alike, lambda shape, dtype: "as many as there are")
+    alike = fingerprint_of("all_reduce", "as many as there are")
+    monkeypatch.setattr("dvkernels.communicators.workers.group._all_reduce_of", lambda *_: alike)
     longer, shorter = at_once(
         *(lambda k=k: workers[k].reduce([values[k]], ReduceOp.SUM) for k in (0, 1))
     )

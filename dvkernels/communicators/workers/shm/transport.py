@@ -115,7 +115,7 @@ class SharedMemoryTransport(Transport):
             if not consistency.is_settled:
                 return False
             outcome = self._all_reduce.run_short(
-                source, target, op, self._number, call.number, divisor
+                [source, target], op, self._number, call.number, divisor
             )
             if outcome == shm_all_reduce.DECLINED:
                 return False

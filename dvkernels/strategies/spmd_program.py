@@ -1,0 +1,235 @@
+"""SPMD programs: a step compiled by JAX, its inputs and outputs, and its calls.
+
+The function is evaluated once abstractly, which finds the variables that it reads and writes. It is
+then traced with exactly these as inputs, and the written ones donated. A variable is one global
+array, whose copies may differ: every device sees its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, starmap
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvkernels import context, pytree, user_errors
+from dvkernels.communicators.jax import lowering, shard_map
+from dvkernels.devices import jax_devices
+from dvkernels.devices.array_spec import spec
+from dvkernels.kernels import update_rules
+from dvkernels.optimizers import functional_step
+from dvkernels.profiler import tracing
+from dvkernels.strategies import step_arguments
+from dvkernels.strategies.step_arguments import TRACED, StepArguments
+from dvkernels.strategies.traced_replica import TracedReplica
+from dvkernels.values import regroup
+from dvkernels.values.distributed import PerReplica
+from dvkernels.values.placement import Placement
+from dvkernels.variables.copies import rebind
+from dvkernels.variables.immutable_copies import ImmutableCopies
+from dvkernels.variables.traced_state import TracedState
+
+__all__: list[str] = []
+
+_NOTE = (
+    "strategy.jit: a compiled step is traced once for all replicas and values, so no branch, "
+    "float() or NumPy function of Python can depend on a replica id or a traced value; use "
+    "jax.lax.cond or jax.numpy.where, or run the function itself, uncompiled: "
+    "strategy.run(fn, args)"
+)
+_MOST_LAUNCHED = 2  # programs of several processes that may run ahead of Python
+
+
+class _Box:
+    """Place of one result of a program, which is stored as the content of a variable is."""
+
+    __slots__ = ("content",)
+    content: Any
+
+
+class SpmdProgram:
+    """Compiled step for arguments of one structure, and the variables that it reads and writes."""
+
+    def __init__(
+        self, step: Any, strategy: Any, placement: Placement, given: StepArguments
+    ) -> None:
+        self._step = step
+        self._strategy = strategy
+        self._placement = placement
+        self._given = given  # of the first call: the constants of the program
+        self._results: list[Any] = []  # the leaves of the result; a traced one is ``TRACED``
+        self._structure: pytree.Structure | None = None
+        self._has_run = False
+        self._is_joint = placement.workers.size > 1  # a program of several processes
+        self._launched: deque[Any] = deque(maxlen=_MOST_LAUNCHED)
+        self._known_extras: tuple[Any, Any] = (None, None)
+        self._discover()
+        self._compiled = jax.jit(self._spmd(self._body), donate_argnums=(0,))
+
+    def _spmd(self, body: Any) -> Any:
+        return lowering.spmd(body, self._placement.mesh)
+
+    def _discover(self) -> None:
+        """Evaluate the function abstractly, to find the variables that it uses."""
+        found: list[TracedState] = []
+
+        def body(given: tuple[Any, ...], zero: Any) -> Any:
+            trace = TracedState(None, None, zero.astype(jnp.uint32), zero)
+            found.append(trace)
+            self._call(trace, given)
+            return zero
+
+        jax.eval_shape(self._spmd(body), self._given.traced, jnp.zeros((), jnp.float32))
+        (trace,) = found
+        self._written: list[ImmutableCopies] = [*trace.written.values()]
+        self._kept: list[ImmutableCopies] = [
+            copies for key, copies in trace.used.items() if key not in trace.written
+        ]
+        self._gradient_uses = trace.gradient_uses
+        self._uses_step = trace.uses_step
+
+    def _call(self, trace: TracedState, given: Sequence[Any]) -> Any:
+        """Call the function once, in the context of a traced replica."""
+        replica = TracedReplica(self._placement, self._strategy, trace)
+        args, kwargs = self._given.rebuilt(given)
+        token = context.enter(context.Frame(self._placement, self._strategy, replica))
+        try:
+            return self._step.fn(*args, **kwargs)
+        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+            user_errors.annotate(error, _NOTE)
+            raise
+        finally:
+            context.leave(token)
+
+    def _body(self, changed: Any, kept: Any, extras: Any, given: Any) -> tuple[Any, ...]:
+        """Return the new contents of the written variables, and the results: what JAX compiles."""
+        self._step.count_trace()
+        values = {id(c): v for c, v in zip(self._written, changed, strict=True)}
+        values |= {id(c): v for c, v in zip(self._kept, kept, strict=True)}
+        rows, step = extras
+        trace = TracedState(values, rows, step, None)
+        leaves, self._structure = pytree.flatten(self._call(trace, given))
+        traced = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        self._results = [TRACED if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+        done = (jnp.zeros(()),) if self._is_joint else ()  # an output that is never donated
+        return (*(trace.value_of(copies) for copies in self._written), *traced, *done)
+
+    def coefficients_now(self) -> list[update_rules.Coefficients] | None:
+        """Return the coefficients of the optimizers; None if the step must be compiled anew."""
+        return functional_step.coefficients_now(self._gradient_uses)
+
+    def run(self, given: StepArguments, rows: Sequence[update_rules.Coefficients]) -> Any:
+        """Run the program, and rebind the variables that it writes to their new contents."""
+        if not self._is_joint:
+            return self._regrouped(self._run(given, rows))
+        with shard_map.losses_of(self._placement.workers):
+            if len(self._launched) == _MOST_LAUNCHED:
+                shard_map.await_program([self._launched[0]], self._placement.workers)
+            *results, done = self._run(given, rows)
+            self._launched.append(done)
+        return self._regrouped(results)
+
+    def _run(
+        self, given: StepArguments, rows: Sequence[update_rules.Coefficients]
+    ) -> Sequence[Any]:
+        changed = tuple(copies.whole for copies in self._written)
+        kept = tuple(copies.whole for copies in self._kept)
+        extras = self._extras(rows)
+        if not self._has_run:
+            with tracing.span("trace", "compile"):
+                self._compiled.lower(changed, kept, extras, given.traced)
+            if self._is_joint:
+                self._agree(given)
+            # The first call runs Python code of JAX, where an interrupt would lose what it donated.
+            changed = tuple(map(jnp.copy, changed))
+        boxes = [_Box() for each in self._results if each is TRACED]
+        if self._is_joint:
+            boxes.append(_Box())
+        call = starmap(self._compiled, [(changed, kept, extras, given.traced)])
+        targets: list[Any] = [*self._written, *boxes]
+        if tracing.active is None:
+            _launch(targets, call)
+        else:
+            name, category = ("program",) * 2 if self._has_run else ("compile",) * 2
+            with tracing.span(name, category):
+                _launch(targets, call)
+                contents = [target.content for target in targets]
+                shard_map.await_program(contents, self._placement.workers)
+        self._has_run = True
+        functional_step.count_steps(self._gradient_uses)
+        return [box.content for box in boxes]
+
+    def _agree(self, given: StepArguments) -> None:
+        """Wait until all workers have traced this step, with the same arguments and variables."""
+        variables = [
+            (copies.name, *spec(copies.arrays[0])) for copies in (*self._written, *self._kept)
+        ]
+        terms = [str(term) for term in (given.key[2], variables, len(self._results))]
+        self._placement.workers.agree((), "run of a compiled step", *terms)
+
+    def _extras(self, rows: Sequence[update_rules.Coefficients]) -> Any:
+        """Return the coefficients of the optimizers and the number of the step, on all devices."""
+        number = self._strategy.generators.num_done % 2**32 if self._uses_step else 0
+        known, extras = self._known_extras
+        if known != (rows, number):
+            mesh, own = self._placement.mesh, self._placement.replica_devices
+            devices = [*map(jax_devices.own, own)]
+            places = step_arguments.places_of_one(mesh, devices)
+            new = [functional_step.padded(rows), np.uint32(number)]
+            put = [jax.device_put(new, place) for place in places]
+            columns = zip(*put, strict=True)
+            extras = tuple(step_arguments.whole_of([*each], mesh) for each in columns)
+            self._known_extras = (rows, number), extras
+        return extras
+
+    def _regrouped(self, traced: Sequence[Any]) -> Any:
+        """Return the result of ``run``: a PerReplica for each array."""
+        placement, devices = self._placement, self._placement.replica_devices
+        arrays = map(shard_map.taken_apart, traced)
+        assert self._structure is not None
+        if len(self._results) == 1 and self._results[0] is None:
+            return None
+
+        def joined(leaf: Any) -> Any:
+            if leaf is None or regroup.is_variable(leaf):
+                return leaf
+            parts = next(arrays) if leaf is TRACED else [leaf] * len(devices)
+            return PerReplica(parts, devices=devices, owner=placement)
+
+        return pytree.unflatten(self._structure, [joined(leaf) for leaf in self._results])
+
+
+def _launch(targets: list[Any], call: Iterator[Sequence[Any]]) -> None:
+    """Call a program and store its results, in one expression that no interrupt enters."""
+    if targets:
+        shard_map.launch(functools.partial(rebind, targets, chain.from_iterable(call)))
+    else:
+        shard_map.launch(functools.partial(next, call))
+
+
+def run(
+    step: Any,
+    strategy: Any,
+    placement: Placement,
+    programs: dict[Any, SpmdProgram],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run a compiled step; compile it where no program fits the arguments."""
+    given = step_arguments.of(args, kwargs, placement)
+    key = (given.key, strategy.generators.seed, jax.config.jax_enable_x64)
+    program = programs.get(key)
+    rows = None if program is None else program.coefficients_now()
+    if program is None or rows is None:
+        program = SpmdProgram(step, strategy, placement, given)
+        rows = program.coefficients_now()
+        assert rows is not None
+        result = program.run(given, rows)
+        programs[key] = program
+        return result
+    return program.run(given, rows)
