@@ -49,10 +49,9 @@ class RemoteWorker:
         error, result, writes = self._reply(closure, closure.sent)
         while isinstance(error, IteratorHasNotBegun):
             begin, about = to_begin(*error.args)
-            call = closure.number, False, begin, about, {}
-            error, *_ = self._reply(
-                closure, message.encode(call, self._processes.objects, closure.number)
-            )
+            call = (closure.number, False, begin, about, dict[str, Any]())
+            sent = message.encode(call, self._processes.objects, closure.number)
+            error, *_ = self._reply(closure, sent)
             if error is None:
                 error, result, writes = self._reply(closure, closure.sent)
         if error is not None:

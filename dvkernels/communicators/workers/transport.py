@@ -18,7 +18,7 @@ from dvkernels.communicators.workers.consistency import (
 from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.communicators.workers.shm.symmetric_memory import Columns, SymmetricMemory
 from dvkernels.devices.array_spec import HostArray
-from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
+from dvkernels.errors import ClusterError, CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
 from dvkernels.user_errors import describe
 
@@ -103,9 +103,12 @@ class Transport(ControlChannel):
     def broadcast_into(self, target: HostArray, root: int, call: Fingerprint) -> None:
         """Write the root's bytes, which its ``target`` holds, to every ``target``."""
 
-    @abstractmethod
     def channels(self) -> list[MessageChannel | None]:
         """Return a message channel to each other worker; all workers call this together."""
+        raise ClusterError(
+            f"{type(self).__name__}: parameter servers need processes that are connected by shared "
+            f"memory or MPI; start them by dv.launch, python -m dvkernels launch, or mpiexec"
+        )
 
     def duplicate(self) -> Transport:
         """Return the transport between the same workers for another thread: the second channel."""

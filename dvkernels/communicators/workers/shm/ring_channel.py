@@ -44,8 +44,8 @@ class RingChannel(MessageChannel):
         if nbytes <= _JOINED_NBYTES:
             self._unsent.append(np.frombuffer(b"".join([length, *parts]), np.uint8))
         else:
-            whole = [length, *(part for part in parts if part.nbytes)]
-            self._unsent.extend(np.frombuffer(part, np.uint8) for part in whole)
+            self._unsent.append(np.frombuffer(length, np.uint8))
+            self._unsent.extend(np.frombuffer(part, np.uint8) for part in parts if part.nbytes)
         self.flush()
 
     def flush(self) -> bool:
