@@ -106,8 +106,7 @@ class Transport(ControlChannel):
     def channels(self) -> list[MessageChannel | None]:
         """Return a message channel to each other worker; all workers call this together."""
         raise ClusterError(
-            f"{type(self).__name__}: parameter servers need processes that are connected by shared "
-            f"memory or MPI; start them by dv.launch, python -m dvkernels launch, or mpiexec"
+            "servers need workers of MPI or of one host: these exchange no messages"
         )
 
     def duplicate(self) -> Transport:
