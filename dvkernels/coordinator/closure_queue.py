@@ -167,10 +167,7 @@ class ClosureQueue:
 
     def patience(self) -> float:
         """Return how long waits last [s]."""
-        seconds = self._timeout_seconds
-        if seconds == deadlines.DEFAULT_TIMEOUT_SECONDS:
-            return deadlines.timeout_seconds()
-        return seconds
+        return deadlines.of_strategy(self._timeout_seconds)
 
     def describe_running(self) -> str:
         """Describe the closures that run: on which worker, since when, and at which line."""

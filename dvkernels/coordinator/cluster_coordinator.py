@@ -196,7 +196,8 @@ class ClusterCoordinator(ProcessBound):
                 self._strategy.processes, closure.number, closure.once, fn, args, named
             )
             # What is sent by reference must live until the call has ended.
-            kept = [leaf for leaf in leaves if isinstance(leaf, (Variable, Optimizer))]
+            kinds = (Variable, Optimizer, PerWorkerIterator)
+            kept = [leaf for leaf in leaves if isinstance(leaf, kinds)]
             closure.args, closure.kwargs = tuple(kept), {}
         self._closures.put(closure)
         generators = self._strategy.generators  # on which the draws of a resumed program go on

@@ -10,6 +10,7 @@ from typing import Any, final
 import numpy as np
 
 from dvkernels.coordinator.closure import Closure
+from dvkernels.coordinator.per_worker import IteratorHasNotBegun, to_begin
 from dvkernels.errors import ContextError
 from dvkernels.strategies.servers import message
 from dvkernels.strategies.servers.processes import JobProcesses
@@ -45,18 +46,31 @@ class RemoteWorker:
         Writes that count once come with the result, and this process hands them on to the servers:
         a worker that dies has reported all of them or none.
         """
-        processes = self._processes
-        self._channel.post(closure.sent)
+        error, result, writes = self._reply(closure, closure.sent)
+        while isinstance(error, IteratorHasNotBegun):
+            begin, about = to_begin(*error.args)
+            call = (closure.number, False, begin, about, dict[str, Any]())
+            sent = message.encode(call, self._processes.objects, closure.number)
+            error, *_ = self._reply(closure, sent)
+            if error is None:
+                error, result, writes = self._reply(closure, closure.sent)
+        if error is not None:
+            raise error
+        if writes:
+            self._processes.client.ask(f"the writes of {closure}", writes)
+        return result
+
+    def _reply(
+        self, closure: Closure, sent: Sequence[memoryview]
+    ) -> tuple[BaseException | None, Any, Any]:
+        self._channel.post(sent)
         came = None
         # Replies come in order; one before may be to a coordinator that has been closed.
         while came is None or message.number_of(came) != closure.number:
             came = self._channel.next(str(closure), math.inf)
-        error, result, writes = message.decode(came, processes.objects)
-        if error is not None:
-            raise error
-        if writes:
-            processes.client.ask(f"the writes of {closure}", writes)
-        return result
+        reply: tuple[BaseException | None, Any, Any]
+        reply = message.decode(came, self._processes.objects)
+        return reply
 
 
 def encoded(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import gc
 import itertools
 import json
 import os
@@ -214,11 +215,29 @@ def calls(num_servers: str) -> None:
         table = variable_of(strategy, np.zeros((NUM_ROWS, 2)), "table")
         coordinator = dv.ClusterCoordinator(strategy)
         _results(strategy, coordinator, table)
+        rows = _rows_read(coordinator)
         _counts(coordinator, strategy)
+        assert _rows_read(coordinator) == rows  # its variable has been dropped
         _errors(coordinator, table)
         _refusals(strategy, coordinator)
         coordinator.join()
         assert coordinator.done()
+
+
+class _Source:
+    """Sequence that counts how often it is sent."""
+
+    num_sent = 0
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        return index
+
+    def __reduce__(self):
+        _Source.num_sent += 1
+        return _Source, ()
 
 
 def _results(strategy, coordinator, table) -> None:
@@ -245,10 +264,12 @@ def _results(strategy, coordinator, table) -> None:
         for _ in range(4)
     ]
     assert len({value.on(0) for value in coordinator.fetch(draws)}) == 4
-    own = iter(coordinator.create_per_worker_dataset(lambda: dv.Dataset.range(1000)))
+    source = _Source()
+    own = iter(coordinator.create_per_worker_dataset(lambda: dv.Dataset.from_sequence(source)))
     taken = coordinator.fetch([coordinator.schedule(next, (own,)) for _ in range(20)])
     assert {*map(int, taken)} >= {0, 1}
     assert max(map(int, taken)) < 20
+    assert 1 <= _Source.num_sent <= strategy.num_workers  # once to each worker
 
     adagrad = dv.optimizers.Adagrad(0.5)
     weights = variable_of(strategy, np.zeros((NUM_ROWS, 2), np.float32))
@@ -302,6 +323,12 @@ def _counts(coordinator, strategy) -> None:
     assert [event["name"] for event in events if event.get("cat") == "request"] == ["gather_rows"]
     counters = {event["name"] for event in events if event["ph"] == "C"}
     assert counters >= {"calls", *(f"rows of server {each.rank}" for each in after.servers)}
+
+
+def _rows_read(coordinator) -> int:
+    gc.collect()
+    coordinator.stats()  # the next message to each server says what nobody has any more
+    return sum(each.rows_read for each in coordinator.stats().servers)
 
 
 def _errors(coordinator, table) -> None:
@@ -362,6 +389,55 @@ def _refusals(strategy, coordinator) -> None:
         coordinator.schedule(lambda: threading.current_thread(), (threading.Lock(),))
 
 
+def interrupted() -> None:
+    """Ctrl-C ends a wait and not the calls, and leaves a request whole."""
+    is_armed, num_sent = [False], 0
+
+    def interrupt(*_):
+        if is_armed[0]:
+            is_armed[0] = False
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    with make(1) as strategy:
+        table = variable_of(strategy, np.zeros((NUM_ROWS, 2)), "table")
+        coordinator = dv.ClusterCoordinator(strategy)
+        has_begun = threading.Event()
+
+        def send():
+            nonlocal num_sent
+            has_begun.wait()
+            while num_sent < 50:
+                if is_armed[0]:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    num_sent += 1
+                time.sleep(0.001)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        value = coordinator.schedule(lambda: time.sleep(0.2) or table.gather_rows([1]).sum())
+        num_interrupts = num_tried = num_done = 0
+        while sender.is_alive():
+            try:
+                is_armed[0] = True
+                has_begun.set()
+                coordinator.join()
+                while sender.is_alive():
+                    num_tried += 1
+                    table.scatter_add([3, 5], 1.0)
+                    num_done += 1
+            except KeyboardInterrupt:
+                num_interrupts += 1
+        is_armed[0] = False
+        sender.join()
+        coordinator.join()
+        assert value.fetch() == 0.0
+        assert num_interrupts > 1
+        content = table.numpy()
+        assert num_done <= content[3, 0] <= num_tried
+        np.testing.assert_array_equal(content[3], content[5])
+
+
 # -- losses --------------------------------------------------------------------------------------
 
 
@@ -380,24 +456,25 @@ def workers_die(num_calls: str, folder: str, seed: str = "0") -> None:
 
         def call(k):
             seen.scatter_add([k], [1])
-            if k >= last and os.getpid() not in victims:
+            while k >= last and not mark.exists():
+                if os.getpid() in victims:
+                    time.sleep(0.001)  # there are more calls, and one of the others takes one
+                    continue
                 with contextlib.suppress(FileExistsError):
                     mark.mkdir()
                     kill(os.getpid())
             return k
 
-        def returned():
-            return coordinator.stats().returned
-
         def kill_others():
             for moment, victim in zip(moments, victims, strict=True):
-                while returned() < moment:
+                while len(values) < moment:
                     time.sleep(0.001)
                 os.kill(victim, signal.SIGKILL)
 
-        killer = threading.Thread(target=kill_others)
+        values, killer = [], threading.Thread(target=kill_others)
         killer.start()
-        values = [coordinator.schedule(call, (k,), once=True) for k in range(count)]
+        for k in range(count):
+            values.append(coordinator.schedule(call, (k,), once=True))
         coordinator.join()
         killer.join()
         assert coordinator.fetch(values) == list(range(count))
@@ -443,6 +520,29 @@ def calls_fail(num_calls: str, seed: str = "0") -> None:
         assert failed == {k: (k,) for k in wrong}
         assert came_out == dict.fromkeys(wrong, 1)
         assert returned == {*range(count)} - wrong
+
+
+def worker_dies(folder: str) -> None:
+    """Where MPI goes on without a killed process, another one runs its call again."""
+    with make(1) as strategy:
+        seen = variable_of(strategy, np.zeros(40, np.int64), "seen")
+        coordinator = dv.ClusterCoordinator(strategy)
+        mark = pathlib.Path(folder, "mark")
+
+        def call(k):
+            seen.scatter_add([k], [1])
+            if k >= 7:
+                with contextlib.suppress(FileExistsError):
+                    mark.mkdir()
+                    kill(os.getpid())
+            return k
+
+        values = [coordinator.schedule(call, (k,), once=True) for k in range(40)]
+        coordinator.join()
+        assert coordinator.fetch(values) == list(range(40))
+        np.testing.assert_array_equal(seen, 1)
+        assert coordinator.stats().repeated == 1
+        print("survived", flush=True)
 
 
 def all_workers_die() -> None:

@@ -32,6 +32,7 @@ class MessageChannel(ABC):
 
     def __init__(self, peer: int, place: str, why_gone: Callable[[], tuple[str, bool]]) -> None:
         self.peer, self.place = peer, place
+        self.pace = wait.MESSAGE
         self.why_gone = why_gone
 
     @abstractmethod
@@ -73,5 +74,5 @@ class MessageChannel(ABC):
             if self.why_gone()[0] and not has_come():  # its last words come first
                 self.check(what)
 
-        wait.until(has_come, wait.MESSAGE, seconds, check)
+        wait.until(has_come, self.pace, seconds, check)
         return found

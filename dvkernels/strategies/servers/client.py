@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
+from dvkernels import deadlines
 from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.errors import CollectiveTimeoutError, ContextError, WorkerLostError
 from dvkernels.profiler import tracing
@@ -54,7 +55,7 @@ class ServerClient:
         is_interruptible: bool,
     ) -> None:
         self.servers = {channel.peer: _ServerLink(channel) for channel in channels}
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds = deadlines.of_strategy(timeout_seconds)
         self._is_interruptible = is_interruptible
         self._pid = os.getpid()
         self.is_closed = False

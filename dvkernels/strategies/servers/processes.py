@@ -13,8 +13,10 @@ import numpy as np
 from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.communicators import registry as communicators
+from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.context import Frame
+from dvkernels.devices import cpu
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import ClusterError, ContextError
 from dvkernels.strategies.servers import server_loop, worker_loop
@@ -81,6 +83,9 @@ class JobProcesses:
         except BaseException:
             self._group.close()
             raise
+        if cpu.usable_cores() <= len(self.workers):  # who polls keeps the awaited one from running
+            for channel in filter(None, self._channels):
+                channel.pace = wait.SHARED_CORE_MESSAGE
         others = [self.channel(rank) for rank in self.servers if rank != self.rank]
         self.client = ServerClient(others, timeout_seconds, is_interruptible=self.rank == 0)
 

@@ -68,7 +68,7 @@ def serve(rank: int, channels: Sequence[MessageChannel], placement: Placement) -
 
     try:
         while True:
-            wait.until(answer_all, wait.MESSAGE, math.inf, check)
+            wait.until(answer_all, channels[0].pace, math.inf, check)
     except CoordinatorHasLeft:
         return
 

@@ -48,7 +48,7 @@ def work(rank: int, coordinator: MessageChannel, frame: Frame, references: Refer
 
     try:
         while True:
-            wait.until(has_come, wait.MESSAGE, math.inf, check)
+            wait.until(has_come, coordinator.pace, math.inf, check)
             assert came is not None
             coordinator.post(_reply(rank, frame, references, came))
     except CoordinatorHasLeft:
