@@ -51,10 +51,12 @@ def serve(rank: int, channels: Sequence[MessageChannel], placement: Placement) -
     objects = ServerObjects(rank)
 
     def answer_all() -> bool:
-        num_answered = 0
+        num_answered, has_moved = 0, False
         for channel in channels:
+            seen = channel.num_moved
             channel.flush()
             asked = channel.receive()
+            has_moved = has_moved or asked is not None or channel.num_moved != seen
             if asked is not None:
                 began = time.perf_counter()
                 channel.post(_answer(objects, placement, channel.peer, asked))
@@ -62,7 +64,7 @@ def serve(rank: int, channels: Sequence[MessageChannel], placement: Placement) -
                 num_answered += 1
         if num_answered > objects.most_waiting:
             objects.most_waiting = num_answered
-        return num_answered > 0
+        return has_moved
 
     def check(_: float) -> None:
         check_coordinator(channels[0])

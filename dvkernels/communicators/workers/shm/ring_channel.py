@@ -53,6 +53,7 @@ class RingChannel(MessageChannel):
         while unsent:
             part = unsent[0]
             count = message_ring.put(self._outbox_address, part.ctypes.data, part.nbytes)
+            self.num_moved += count
             if count < part.nbytes:
                 unsent[0] = part[count:]
                 return False
@@ -69,7 +70,9 @@ class RingChannel(MessageChannel):
             target = self._target
             address = self._address + self._num_received
             missing = target.nbytes - self._num_received
-            self._num_received += message_ring.take(self._inbox_address, address, missing)
+            count = message_ring.take(self._inbox_address, address, missing)
+            self._num_received += count
+            self.num_moved += count
             if self._num_received < target.nbytes:
                 return None
             if self._is_length:
