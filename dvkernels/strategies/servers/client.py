@@ -161,16 +161,20 @@ class ServerClient:
 
     def _flush(self, channels: list[MessageChannel]) -> None:
         """Send the messages to several servers at one time, none behind another's answer."""
+        num_moved = 0
 
-        def is_sent() -> bool:
+        def has_moved() -> bool:
             channels[:] = [channel for channel in channels if not channel.flush()]
-            return not channels
+            return not channels or sum(each.num_moved for each in channels) != num_moved
 
         def check(_: float) -> None:
             channels[:] = [channel for channel in channels if not channel.why_gone()[0]]
             _check_interrupt()
 
-        wait.until(is_sent, channels[0].pace, self._timeout_seconds, check)
+        pace, is_in_time = channels[0].pace, True
+        while channels and is_in_time:
+            num_moved = sum(each.num_moved for each in channels)
+            is_in_time = wait.until(has_moved, pace, self._timeout_seconds, check)
 
     def _send(self, server: _ServerLink, listed: list[tuple[Any, ...]], author: int | None) -> None:
         server.num_asked += 1
