@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from dvkernels import context, verbs
 from dvkernels.devices import array_memory
 from dvkernels.devices.array_spec import Array
@@ -297,9 +299,11 @@ class Optimizer(OptimizerState):
 
     def count_steps(self, states: Sequence[VariableState], most: int) -> None:
         """Count a step of each of these variables; ``most`` is the largest count afterwards."""
+        add = np.add
         for each in states:
-            each.steps[...] += 1
+            add(each.steps, _ONE, each.steps)
         self._iterations = max(self._iterations, most)
 
 
+_ONE = np.ones((), np.int64)
 _first_steps = TableServer(())  # the slots of one variable after another are made

@@ -95,8 +95,9 @@ def whole_of(arrays: list[Any], mesh: Any) -> Any:
 
     The latter stays weakly typed if it was a number of Python.
     """
-    if len(arrays) == 1 and arrays[0].sharding == jax_devices.replicated(mesh):
-        return arrays[0]
+    first = arrays[0]
+    if mesh.size == 1 or (len(arrays) == 1 and first.sharding == jax_devices.replicated(mesh)):
+        return first
     return shard_map.assembled(arrays, mesh)
 
 
