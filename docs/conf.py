@@ -71,8 +71,10 @@ numpydoc_show_class_members = False
 numpydoc_xref_param_type = True
 numpydoc_xref_aliases = inventories.aliases()
 numpydoc_xref_ignore = "all"  # words that are no types
-# No parameter without a description, none that does not exist.
-numpydoc_validation_checks = {"PR02", "PR07"}
+# All checks but these: one sentence may say all of a method, and its annotations its types.
+numpydoc_validation_checks = {
+    *("all", "ES01", "EX01", "GL02", "PR01", "PR03", "PR04", "RT01", "SA01", "SS01"),
+}
 numpydoc_validation_exclude = {
     r"\.__\w+__$",
     # It takes its parameters in __new__.

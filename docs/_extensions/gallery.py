@@ -43,6 +43,9 @@ def configuration(examples: Path, docs: Path) -> dict[str, Any]:
         "filename_pattern": "/(" + "|".join(map(re.escape, run)) + ")$",
         "within_subsection_order": "FileNameSortKey",
         "default_thumb_file": str(source / "prompt.png"),
+        # Processes of their own: Sphinx forks this one later, which has no threads so far.
+        "parallel": True,
+        "capture_repr": (),
         "backreferences_dir": "gallery/backreferences",
         "doc_module": ("dvkernels",),
         "inspect_global_variables": True,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import dvkernels as dv
 
@@ -22,6 +21,10 @@ MODULES = (
     "profiler",
     "testing",
 )
+
+
+class _Fields(NamedTuple):
+    one: int
 
 
 def public_names() -> dict[str, Any]:
@@ -61,14 +64,15 @@ def documented_elsewhere(fullname: str) -> str:
 
 
 def slots(fullname: str) -> str:
-    """Return the names of slots, which have no docstrings: a base class documents them.
+    """Return the names of slots and fields, which a base or the docstring of the class describes.
 
     >>> slots("dvkernels.PerReplica")
     'devices, owner, values'
     """
     owner = public_names().get(fullname)
     names = [name for name in dir(owner) if name[0] != "_"]
-    return ", ".join(n for n in names if inspect.ismemberdescriptor(getattr(owner, n, None)))
+    kinds = types.MemberDescriptorType, type(_Fields.one)
+    return ", ".join(name for name in names if isinstance(getattr(owner, name, None), kinds))
 
 
 def first_public_base(fullname: str) -> str:

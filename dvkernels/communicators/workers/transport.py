@@ -105,9 +105,7 @@ class Transport(ControlChannel):
 
     def channels(self) -> list[MessageChannel | None]:
         """Return a message channel to each other worker; all workers call this together."""
-        raise ClusterError(
-            "servers need workers of MPI, or of one host; these exchange no messages"
-        )
+        raise ClusterError("servers need workers of MPI or of one host: these exchange no messages")
 
     def duplicate(self) -> Transport:
         """Return the transport between the same workers for another thread: the second channel."""
