@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from dvkernels import context, verbs
 from dvkernels.devices import array_memory
 from dvkernels.devices.array_spec import Array
@@ -264,7 +262,7 @@ class Optimizer(OptimizerState):
         parameter, steps = copies_of(variable), int(state.steps)
         tables = [parameter[0], *(copies_of(state.slots[name])[0] for name in self.slot_names)]
         take_row_step(self._rule([parameter], [steps]), tables, gradient)
-        state.steps[...] += 1
+        state.steps[()] += 1
         self._iterations = max(self._iterations, steps + 1)
 
     def _take_step(
@@ -311,9 +309,8 @@ class Optimizer(OptimizerState):
 
     def count_steps(self, states: Sequence[VariableState], most: int) -> None:
         """Count a step of each of these variables; ``most`` is the largest count afterwards."""
-        add = np.add
         for each in states:
-            add(each.steps, _ONE, each.steps)
+            each.steps[()] += 1
         self._iterations = max(self._iterations, most)
 
 
@@ -332,5 +329,4 @@ def check_steps(requests: Iterable[Any]) -> None:
             num_steps[key] += 1
 
 
-_ONE = np.ones((), np.int64)
 _first_steps = TableServer(())  # the slots of one variable after another are made
