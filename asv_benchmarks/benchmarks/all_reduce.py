@@ -5,15 +5,16 @@ They are compared with NumPy: ``np.add(out=)`` and ``np.copyto``, on one thread.
 
 from __future__ import annotations
 
+from benchmarks import grid, rounds
 from dvkernels.benchmarks import cases, measurement, stopwatch
 
 KIB = 1024
-NUM_ROUNDS = 7
+NUM_ROUNDS = rounds(7)
 SIZES = [4 * KIB, 64 * KIB, 1024 * KIB, 16 * 1024 * KIB, 64 * 1024 * KIB]
 
 
 class AllReduce:
-    params = (SIZES, [2, 4], ["direct", "ring"])
+    params = grid(SIZES, [2, 4], ["direct", "ring"])
     param_names = ["nbytes", "num_replicas", "algorithm"]
     timeout = 300
 
@@ -44,7 +45,7 @@ class AllReduce:
 
 
 class OtherCollectives:
-    params = (
+    params = grid(
         ["broadcast", "reduce", "reduce_scatter", "all_gather", "all_to_all"],
         [1024 * KIB, 16 * 1024 * KIB],
         [2, 4],
@@ -65,7 +66,7 @@ class OtherCollectives:
 
 
 class Halves:
-    params = ["float16", "bfloat16"]
+    params = grid(["float16", "bfloat16"])
     param_names = ["dtype"]
     timeout = 300
 

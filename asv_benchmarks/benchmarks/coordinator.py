@@ -9,9 +9,10 @@ import threading
 import numpy as np
 
 import dvkernels as dv
+from benchmarks import rounds
 from dvkernels.benchmarks.stopwatch import alternate, median_seconds, ratio, timed
 
-NUM_CALLS, NUM_IDS, NUM_ROWS, WIDTH, NUM_ROUNDS = 2000, 13_312, 1_000_000, 16, 21
+NUM_CALLS, NUM_IDS, NUM_ROWS, WIDTH, NUM_ROUNDS = 2000, 13_312, 1_000_000, 16, rounds(21)
 
 
 def nothing() -> None:

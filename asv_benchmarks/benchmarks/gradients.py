@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from benchmarks import rounds
 from dvkernels import kernels
 from dvkernels.benchmarks import gradients
 from dvkernels.benchmarks.stopwatch import median_seconds, ratio
 
-NUM_ROUNDS = 9
+NUM_ROUNDS = rounds(9)
 
 
 class AllReduceMany:

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
+from benchmarks import grid, rounds
 from dvkernels.benchmarks import cases, measurement, stopwatch
 
 MIB = 1 << 20
-NUM_ROUNDS = 7
+NUM_ROUNDS = rounds(7)
 
 
 class Limit:
-    params = (["direct", "ring"], [2, 4, 8], [MIB, 4 * MIB, 16 * MIB, 64 * MIB])
+    params = grid(["direct", "ring"], [2, 4, 8], [MIB, 4 * MIB, 16 * MIB, 64 * MIB])
     param_names = ["algorithm", "num_replicas", "nbytes"]
     timeout = 300
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 import dvkernels as dv
+from benchmarks import grid, rounds
 from dvkernels.benchmarks import stopwatch
 
 NUM_THREADS = 2
-NUM_ROUNDS = 15
+NUM_ROUNDS = rounds(15)
 SECONDS_PER_ROUND = 0.1  # of one thread
 LENGTHS = {"50 us": 50e-6, "200 us": 200e-6, "1 ms": 1e-3, "10 ms": 1e-2, "50 ms": 5e-2}
 
@@ -87,7 +88,7 @@ NAMES = [*LENGTHS, "bootstrap", "sweep", "pictures", "memmap"]
 
 
 class MapItems:
-    params = (NAMES,)
+    params = grid(NAMES)
     param_names = ("items",)
     timeout = 300
 

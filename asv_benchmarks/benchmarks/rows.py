@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 import dvkernels as dv
+from benchmarks import grid, rounds
 from dvkernels.benchmarks.stopwatch import alternate, median_seconds, ratio, timed
 
-NUM_IDS, WIDTH, NUM_REQUESTS, NUM_ROUNDS = 13_312, 16, 8, 21
+NUM_IDS, WIDTH, NUM_REQUESTS, NUM_ROUNDS = 13_312, 16, 8, rounds(21)
 C_LOOPS = """
 #include <stdint.h>
 void add(float *restrict table, const int64_t *restrict ids, const float *restrict rows,
@@ -50,7 +51,7 @@ def c_loops():
 
 
 class Rows:
-    params = (10_000, 1_000_000)
+    params = grid((10_000, 1_000_000))
     param_names = ("num_rows",)
     timeout = 300
 
@@ -124,7 +125,7 @@ class Rows:
 
 
 if __name__ == "__main__":
-    for num_rows in Rows.params:
+    for num_rows in Rows.params[0]:
         rows = Rows()
         rows.setup(num_rows)
         for name in filter(lambda name: name.startswith("track"), vars(Rows)):

@@ -12,11 +12,12 @@ import tempfile
 from pathlib import Path
 
 import dvkernels as dv
+from benchmarks import rounds
 
 EXAMPLES_PER_REPLICA = 512
-EPOCHS_PER_REPLICA = 60
-NUM_ROUNDS = 5
-STEPS_PER_BLOCK, TRACE_ROUNDS = 40, 15
+EPOCHS_PER_REPLICA = rounds(60)
+NUM_ROUNDS = rounds(5)
+STEPS_PER_BLOCK, TRACE_ROUNDS = 40, rounds(15)
 
 
 class Training:

@@ -51,6 +51,17 @@ def begin_own(number: int, dataset: PerWorkerDataset) -> None:
     _own[number] = _begun(dataset, f"in process {os.getpid()}")
 
 
+def end_own(numbers: list[int]) -> None:
+    """Drop iterators of this worker process."""
+    for number in numbers:
+        _own.pop(number, None)
+
+
+def has_ended(number: int) -> bool:
+    """Return whether nobody on the coordinator has the iterators of all workers any more."""
+    return number not in _of_all
+
+
 def to_begin(number: int) -> tuple[Callable[..., None], tuple[Any, ...]]:
     """Return the call that begins an iterator in a worker process: function and arguments."""
     return begin_own, (number, _of_all[number].dataset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,13 +150,23 @@ def _rule_of(optimizer: Any, counts: Sequence[int]) -> update_rules.Rule:
     return rule
 
 
-def coefficients_now(uses: Sequence[GradientUse]) -> list[update_rules.Coefficients] | None:
-    """Return the coefficients of all variables of all uses, for the step counts that they have now.
+class StepNumbers(NamedTuple):
+    """Numbers of a step: a row of coefficients for each variable of each use of gradients.
+
+    ``most`` has the largest step count after each use.
+    """
+
+    rows: list[update_rules.Coefficients]
+    most: list[int]
+
+
+def numbers_now(uses: Sequence[GradientUse]) -> StepNumbers | None:
+    """Return the numbers of a step, for the step counts that all variables have now.
 
     None if an optimizer has other slots or another rule by now, so that the step must be compiled
     anew.
     """
-    rows: list[update_rules.Coefficients] = []
+    numbers = StepNumbers([], [])
     earlier: dict[int, int] = {}  # uses of a variable in the same step
     for optimizer, rule, variables, slots, names, states in uses:
         if optimizer._slots is not slots or optimizer.slot_names != names:
@@ -167,18 +177,20 @@ def coefficients_now(uses: Sequence[GradientUse]) -> list[update_rules.Coefficie
                 before = earlier.get(id(variable), 0)
                 counts[k] += before
                 earlier[id(variable)] = before + 1
-        now, coefficients = _rule_of(optimizer, counts)
+        different = [*dict.fromkeys(counts)]  # usually one
+        now, coefficients = _rule_of(optimizer, different)
         if now != rule:
             return None
-        rows += coefficients
-    return rows
+        row_of = dict(zip(different, coefficients, strict=True))
+        numbers.rows.extend(map(row_of.__getitem__, counts))
+        numbers.most.append(max(different) + 1)
+    return numbers
 
 
-def count_steps(uses: Sequence[GradientUse]) -> None:
+def count_steps(uses: Sequence[GradientUse], most: Sequence[int]) -> None:
     """Count a step of each variable of each use."""
-    for use in uses:
-        most = 1 + max(int(state.steps) for state in use.states)
-        use.optimizer.count_steps(use.states, most)
+    for use, count in zip(uses, most, strict=True):
+        use.optimizer.count_steps(use.states, count)
 
 
 def clipped(gradients: Sequence[Any], limit: float) -> tuple[list[Any], Any]:

@@ -19,10 +19,10 @@ import numpy as np
 
 from dvkernels import context, pytree, user_errors
 from dvkernels.communicators.jax import lowering, shard_map
-from dvkernels.devices import jax_devices
 from dvkernels.devices.array_spec import spec
 from dvkernels.kernels import update_rules
 from dvkernels.optimizers import functional_step
+from dvkernels.optimizers.functional_step import StepNumbers
 from dvkernels.profiler import tracing
 from dvkernels.strategies import step_arguments
 from dvkernels.strategies.step_arguments import TRACED, StepArguments
@@ -119,27 +119,25 @@ class SpmdProgram:
         done = (jnp.zeros(()),) if self._is_joint else ()  # an output that is never donated
         return (*(trace.value_of(copies) for copies in self._written), *traced, *done)
 
-    def coefficients_now(self) -> list[update_rules.Coefficients] | None:
-        """Return the coefficients of the optimizers; None if the step must be compiled anew."""
-        return functional_step.coefficients_now(self._gradient_uses)
+    def numbers_now(self) -> StepNumbers | None:
+        """Return the numbers of the optimizers' step; None if it must be compiled anew."""
+        return functional_step.numbers_now(self._gradient_uses)
 
-    def run(self, given: StepArguments, rows: Sequence[update_rules.Coefficients]) -> Any:
+    def run(self, given: StepArguments, numbers: StepNumbers) -> Any:
         """Run the program, and rebind the variables that it writes to their new contents."""
         if not self._is_joint:
-            return self._regrouped(self._run(given, rows))
+            return self._regrouped(self._run(given, numbers))
         with shard_map.losses_of(self._placement.workers):
             if len(self._launched) == _MOST_LAUNCHED:
                 shard_map.await_program([self._launched[0]], self._placement.workers)
-            *results, done = self._run(given, rows)
+            *results, done = self._run(given, numbers)
             self._launched.append(done)
         return self._regrouped(results)
 
-    def _run(
-        self, given: StepArguments, rows: Sequence[update_rules.Coefficients]
-    ) -> Sequence[Any]:
+    def _run(self, given: StepArguments, numbers: StepNumbers) -> Sequence[Any]:
         changed = tuple(copies.whole for copies in self._written)
         kept = tuple(copies.whole for copies in self._kept)
-        extras = self._extras(rows)
+        extras = self._extras(numbers.rows)
         if not self._has_run:
             with tracing.span("trace", "compile"):
                 self._compiled.lower(changed, kept, extras, given.traced)
@@ -161,7 +159,7 @@ class SpmdProgram:
                 contents = [target.content for target in targets]
                 shard_map.await_program(contents, self._placement.workers)
         self._has_run = True
-        functional_step.count_steps(self._gradient_uses)
+        functional_step.count_steps(self._gradient_uses, numbers.most)
         return [box.content for box in boxes]
 
     def _agree(self, given: StepArguments) -> None:
@@ -177,9 +175,8 @@ class SpmdProgram:
         number = self._strategy.generators.num_done % 2**32 if self._uses_step else 0
         known, extras = self._known_extras
         if known != (rows, number):
-            mesh, own = self._placement.mesh, self._placement.replica_devices
-            devices = [*map(jax_devices.own, own)]
-            places = step_arguments.places_of_one(mesh, devices)
+            mesh = self._placement.mesh
+            places = step_arguments.places_of_one(mesh, self._placement.jax_local_devices)
             new = [functional_step.padded(rows), np.uint32(number)]
             put = [jax.device_put(new, place) for place in places]
             columns = zip(*put, strict=True)
@@ -224,12 +221,12 @@ def run(
     given = step_arguments.of(args, kwargs, placement)
     key = (given.key, strategy.generators.seed, jax.config.jax_enable_x64)
     program = programs.get(key)
-    rows = None if program is None else program.coefficients_now()
-    if program is None or rows is None:
+    numbers = None if program is None else program.numbers_now()
+    if program is None or numbers is None:
         program = SpmdProgram(step, strategy, placement, given)
-        rows = program.coefficients_now()
-        assert rows is not None
-        result = program.run(given, rows)
+        numbers = program.numbers_now()
+        assert numbers is not None
+        result = program.run(given, numbers)
         programs[key] = program
         return result
-    return program.run(given, rows)
+    return program.run(given, numbers)

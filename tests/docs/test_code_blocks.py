@@ -187,6 +187,15 @@ def test_the_reference_lists_every_public_name_once() -> None:
     assert sorted(listed) == sorted(public_names.public_names())
 
 
+@pytest.mark.parametrize("folder", ["tutorials", "how-to", "explanation", "reference"])
+def test_every_page_is_in_the_list_and_the_contents_of_its_folder(folder: str) -> None:
+    pages = [page.stem for page in (ROOT / "docs" / folder).glob("*.md") if page.stem != "index"]
+    index = (ROOT / "docs" / folder / "index.md").read_text("utf-8")
+    listed, _, contents = index.partition("{toctree}")
+    assert [name for name in pages if f"({name}.md)" not in listed] == []
+    assert sorted(contents.split()[1:-1]) == sorted(pages)
+
+
 def _test_command() -> str:
     """Return the first bash block below a README heading that contains the word test."""
     is_below = False

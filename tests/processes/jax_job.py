@@ -20,11 +20,13 @@ from dvkernels.errors import (  # noqa: E402
     CollectiveTimeoutError,
     WorkerLostError,
 )
+from dvkernels.testing import check_strategy  # noqa: E402
 
 here = dv.get_replica_context
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{PORT}", num_processes=2, process_id=RANK)
-strategy = dv.TPUStrategy(["jax:cpu:0", "jax:cpu:1"], timeout_seconds=60)
+DEVICES = ["jax:cpu:0", "jax:cpu:1"]
+strategy = dv.TPUStrategy(DEVICES, timeout_seconds=60)
 assert strategy.num_replicas_in_sync == 4
 ids = dv.PerReplica([np.float32(2 * RANK), np.float32(2 * RANK + 1)])
 
@@ -38,6 +40,10 @@ def raised(kind, call, *parts):
 
 def values(result):
     return [np.asarray(value).tolist() for value in strategy.local_results(result)]
+
+
+def conformance():
+    check_strategy(lambda _: dv.TPUStrategy(DEVICES, timeout_seconds=60), replicas=[4])
 
 
 def collectives():
@@ -146,7 +152,7 @@ def loss():
     raised(WorkerLostError, lambda: strategy.run(step, (ids,)))
 
 
-for part in (collectives, training, disagreements):
+for part in (conformance, collectives, training, disagreements):
     part()
 assert not issubclass(WorkerLostError, CollectiveTimeoutError)
 print("all parts", flush=True)

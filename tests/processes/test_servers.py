@@ -66,6 +66,10 @@ def test_every_call_ends_once_though_some_fail(num_calls, seed):
     run(5, "calls_fail", num_calls, seed, file=PROGRAMS)
 
 
+def test_all_processes_refuse_numbers_that_differ():
+    run(3, "counts_differ", file=PROGRAMS)
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("example", ["asynchronous_sgd", "live_counters", "word_vectors"])
 def test_examples_have_servers(example, tmp_path):

@@ -46,6 +46,10 @@ class MessageChannel(ABC):
         """Send as much as the other process has room for; return whether all has been sent."""
 
     @abstractmethod
+    def own_unsent(self) -> None:
+        """Copy what has not been sent: the parts of messages may change from now on."""
+
+    @abstractmethod
     def receive(self) -> HostArray | None:
         """Return the bytes of the next message, which the caller then owns; None without one."""
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.errors import WorkerLostError
+from dvkernels.optimizers.optimizer import check_steps
 from dvkernels.strategies.servers import message
 from dvkernels.strategies.servers.job_objects import ServerObjects
 from dvkernels.user_errors import describe
@@ -82,9 +83,11 @@ def _answer(
     number, error = message.number_of(asked), None
     results: list[Any] = []
     try:
-        dropped, listed = message.decode(asked, objects)
+        dropped, listed, author = message.decode(asked, objects)
         for key in dropped:
             objects.drop(key)
+        if len(listed) > 1:
+            check_steps(request for _, request, *_ in listed)
         for what, request, key, *arguments in listed:
             if request == CREATE:
                 _create(objects, placement, key, *arguments)
@@ -97,7 +100,7 @@ def _answer(
             else:
                 storage = objects.storage(key)
                 if not storage.is_slot:
-                    objects.counts[key].note(peer, what, storage, tuple(arguments))
+                    objects.counts[key].note(author or peer, what, storage, tuple(arguments))
                 results.append(request(storage, *arguments))
     except Exception as raised:
         error = raised

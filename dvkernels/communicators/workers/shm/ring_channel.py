@@ -60,6 +60,11 @@ class RingChannel(MessageChannel):
             unsent.popleft()
         return True
 
+    def own_unsent(self) -> None:
+        unsent = self._unsent
+        for k in range(len(unsent)):
+            unsent[k] = unsent[k].copy()
+
     def receive(self) -> HostArray | None:
         while True:
             target = self._target
