@@ -64,7 +64,13 @@ def has_ended(number: int) -> bool:
 
 def to_begin(number: int) -> tuple[Callable[..., None], tuple[Any, ...]]:
     """Return the call that begins an iterator in a worker process: function and arguments."""
-    return begin_own, (number, _of_all[number].dataset)
+    found = _of_all.get(number)
+    if found is None:
+        raise ContextError(
+            "the iterators over a per-worker dataset are gone: nobody has a reference to them any "
+            "more; keep one while calls use them"
+        )
+    return begin_own, (number, found.dataset)
 
 
 def _begun(dataset: PerWorkerDataset, where: str) -> Iterator[Any]:

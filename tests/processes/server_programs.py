@@ -435,10 +435,11 @@ def _a_fork_leaves(strategy, coordinator) -> None:
     """A forked child that closes the strategy does not end the job."""
     child = os.fork()
     if child == 0:
-        strategy.processes.close()
+        strategy.close()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    assert coordinator.schedule(int).fetch() == 0
+    why_gone = coordinator.schedule(lambda: strategy.processes.channel(0).why_gone())
+    assert why_gone.fetch() == ("", False)
 
 
 def _coordinators_in_turn(strategy, first) -> None:

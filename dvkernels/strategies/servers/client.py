@@ -131,13 +131,16 @@ class ServerClient:
         taken: list[Any] = []
         try:
             for rank in sorted(by_server):
-                lock = self.servers[rank].turn.lock()
-                if not lock.acquire(timeout=self._timeout_seconds):
-                    raise CollectiveTimeoutError(
-                        f"{what} waited {self._timeout_seconds:g} s in vain for another thread "
-                        f"that waits for server {rank}"
-                    )
-                taken.append((rank, lock))
+                server = self.servers[rank]
+                lock, began = server.turn.lock(), time.monotonic()
+                while not lock.acquire(timeout=min(_LOOK_SECONDS, self._timeout_seconds)):
+                    _check_interrupt()
+                    if time.monotonic() - began >= self._timeout_seconds:
+                        raise CollectiveTimeoutError(
+                            f"{what} waited {self._timeout_seconds:g} s in vain for another thread "
+                            f"that waits for server {rank}"
+                        )
+                taken.append((server, lock))
             for rank, positions in by_server.items():
                 listed = [asked[position][1] for position in positions]
                 self._send(self.servers[rank], listed, author)
@@ -147,10 +150,8 @@ class ServerClient:
             # All answers are taken before an error is raised.
             outcomes = [self._outcome(what, server) for server in servers]
         finally:
-            for rank, lock in taken:
-                self.servers[
-                    rank
-                ].channel.own_unsent()  # the caller's arrays may change from now on
+            for server, lock in taken:
+                server.channel.own_unsent()  # the caller's arrays may change from now on
                 lock.release()
         for (error, results), positions in zip(outcomes, by_server.values(), strict=True):
             if error is not None:
@@ -183,20 +184,19 @@ class ServerClient:
         server.channel.post(parts)
 
     def _outcome(self, what: str, server: _ServerLink) -> tuple[BaseException | None, list[Any]]:
-        began = time.monotonic()
+        channel, began = server.channel, time.monotonic()
         while True:
-            left = self._timeout_seconds - (time.monotonic() - began)
+            left, num_moved = self._timeout_seconds - (time.monotonic() - began), channel.num_moved
             try:
-                came = server.channel.next(what, max(0.0, min(left, _LOOK_SECONDS)))
+                came = channel.next(what, max(0.0, min(left, _LOOK_SECONDS)))
             except WorkerLostError as error:
                 text = f"{what}: {_description(server)} is lost: {server.channel.why_gone()[0]}"
                 lost = WorkerLostError(f"{text}; restore a checkpoint in a new job")
                 lost.__cause__ = error
                 return lost, []
-            if came is None and left > _LOOK_SECONDS:
-                _check_interrupt()
-                continue
-            if came is None:
+            if came is None and channel.num_moved != num_moved:
+                began = time.monotonic()
+            elif came is None and left <= _LOOK_SECONDS:
                 text = (
                     f"{what}: server {server.channel.peer} has not answered for "
                     f"{self._timeout_seconds:g} s; was it stopped? Give timeout_seconds if its "
@@ -204,11 +204,12 @@ class ServerClient:
                     f"repeat it"
                 )
                 return CollectiveTimeoutError(text), []
-            if message.number_of(came) == server.num_asked:
+            elif came is not None and message.number_of(came) == server.num_asked:
                 outcome: tuple[BaseException | None, list[Any]]
                 outcome = message.decode(came, self.references)
                 return outcome
-            # else it is the late answer to a request that was given up
+            # Else it may be the late answer to a request that was given up.
+            _check_interrupt()
 
 
 def _check_interrupt() -> None:

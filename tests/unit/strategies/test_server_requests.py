@@ -113,6 +113,13 @@ def test_a_write_that_timed_out_has_its_own_copy():
     assert (content == 1.0).all()
 
 
+def test_the_environment_shortens_the_wait(monkeypatch):
+    monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.02")
+    client = client_of(FakeChannel(1, [], num_pieces=10**9), seconds=600)
+    with pytest.raises(CollectiveTimeoutError, match=r"has not answered for 0\.02 s"):
+        client.ask("read", [(1, ("read", 0, 0))])
+
+
 def test_what_a_message_refers_to_is_listed():
     class OfArrays(Plain):
         def reference_of(self, value):
