@@ -44,6 +44,9 @@ def values(result):
 
 def conformance():
     check_strategy(lambda _: dv.TPUStrategy(DEVICES, timeout_seconds=60), replicas=[4])
+    with dv.MirroredStrategy(DEVICES) as own:  # stays within its process
+        total = own.run(lambda: here().all_reduce("sum", jax.numpy.float32(1 + RANK)))
+        assert [float(value) for value in total.values] == [2 + 2 * RANK] * 2
 
 
 def collectives():
