@@ -12,7 +12,7 @@ from dvkernels import pytree, user_errors
 from dvkernels.communicators.jax import shard_map
 from dvkernels.devices import interop, jax_devices
 from dvkernels.devices.array_spec import spec
-from dvkernels.errors import BufferMismatchError
+from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.values import regroup
 from dvkernels.values.distributed import Mirrored, PerReplica
 from dvkernels.values.placement import Placement
@@ -119,8 +119,13 @@ def _placed(values: list[Any], places: list[Any]) -> list[Any]:
 
 
 def _is_array(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.dtype.kind in "biufcV"
+    if isinstance(value, (np.ndarray, np.generic)):
+        if value.dtype.kind not in "biufcV":
+            raise NotABufferError(
+                f"run of a compiled step: arrays of {value.dtype} cannot be traced; pass numbers, "
+                f"or run the function itself, uncompiled"
+            )
+        return True
     return isinstance(value, (jax.Array, *_NUMBERS)) or interop.is_foreign(value)
 
 
