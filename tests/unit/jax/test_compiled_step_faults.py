@@ -119,6 +119,7 @@ def test_a_variable_that_a_failed_program_took_is_named_and_can_be_assigned(stra
 
 
 @pytest.mark.wide
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of generators
 def test_interrupts_leave_variables_whole_where_a_program_prints(strategy, variable, jax):
     def step():
         jax.debug.print("{}", variable.read_value(), ordered=False)
