@@ -6,7 +6,7 @@ import math
 import os
 import threading
 
-__all__ = ["DEFAULT_TIMEOUT_SECONDS", "VARIABLE", "checked", "timeout_seconds"]
+__all__ = ["DEFAULT_TIMEOUT_SECONDS", "VARIABLE", "checked", "of_strategy", "timeout_seconds"]
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
 VARIABLE = "DVKERNELS_TIMEOUT_SECONDS"
@@ -24,6 +24,11 @@ def timeout_seconds() -> float:
     if not _is_timeout(seconds):
         raise ValueError(f"DVKERNELS_TIMEOUT_SECONDS must be a positive number, got {text!r}")
     return seconds
+
+
+def of_strategy(seconds: float) -> float:
+    """Return the timeout of a strategy [s]; the default gives way to the environment variable."""
+    return timeout_seconds() if seconds == DEFAULT_TIMEOUT_SECONDS else seconds
 
 
 def checked(timeout_seconds: object) -> float:

@@ -40,6 +40,11 @@ for ignored in {"SIGHUP", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+# Whichever test starts JAX first, it makes this many CPU devices.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
 # An example may wait for a core that other tests use.
 if importlib.util.find_spec("hypothesis") is not None:
     import hypothesis

@@ -22,8 +22,8 @@ class Closure:
     """
 
     __slots__ = (
-        "args", "claim", "done", "error", "fn", "has_workers_values", "kwargs", "number", "once",
-        "result", "runs", "sent", "variables",
+        "args", "claim", "done", "error", "fn", "has_workers_values", "kwargs", "lost_by", "number",
+        "once", "result", "runs", "sent", "variables",
     )  # fmt: skip
 
     def __init__(
@@ -43,6 +43,7 @@ class Closure:
         self.variables = variables  # of the caller of schedule
         self.sent: list[memoryview] = []  # the call as a message, for workers that are processes
         self.runs = 0
+        self.lost_by: set[int] = set()  # workers that raised WorkerLostError
         self.claim = Claim()
         self.done = Latch()
         self.result: Any = None

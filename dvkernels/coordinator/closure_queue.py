@@ -17,7 +17,12 @@ from typing import Any, final
 
 from dvkernels import deadlines, thread_frames
 from dvkernels.coordinator.closure import Closure
-from dvkernels.errors import CallCancelledError, CollectiveTimeoutError, ContextError
+from dvkernels.errors import (
+    CallCancelledError,
+    CollectiveTimeoutError,
+    ContextError,
+    WorkerLostError,
+)
 from dvkernels.replicas import diagnostics
 from dvkernels.threads.thread import Latch
 from dvkernels.user_errors import describe
@@ -51,6 +56,9 @@ class ClosureQueue:
         # By worker: since when, on which thread, and in which other process.
         self.running: dict[int, tuple[Closure, float, int, str]] = {}
         self.why_closed = ""
+        self.loss: BaseException | None = None  # of the last worker
+        # By worker: why its thread takes no closure yet, though it is not running one.
+        self.why_idle: dict[int, str] = {}
         self.pid = os.getpid()
         self._timeout_seconds = timeout_seconds
         self._open: deque[Closure] = deque()  # scheduled, perhaps not ended
@@ -81,10 +89,17 @@ class ClosureQueue:
                 self._wait(waiting.done, "schedule, whose queue is full,")
                 self.raise_error()
         if self.why_closed:
+            self._check_workers()
             raise ContextError(f"schedule of {self.name}: {self.why_closed}")
         self._open.append(closure)
         self._queue.put(closure)
         self._cancel_if_closed()  # by another thread meanwhile
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        """Raise if the last worker is lost."""
+        if self.loss is not None:
+            raise WorkerLostError(f"schedule of {self.name}: {self.loss}") from self.loss
 
     def _waiting_beside(self, closure: Closure) -> Closure | None:
         """Return the first closure that waits for a worker, if all have too many bytes."""
@@ -167,10 +182,7 @@ class ClosureQueue:
 
     def patience(self) -> float:
         """Return how long waits last [s]."""
-        seconds = self._timeout_seconds
-        if seconds == deadlines.DEFAULT_TIMEOUT_SECONDS:
-            return deadlines.timeout_seconds()
-        return seconds
+        return deadlines.of_strategy(self._timeout_seconds)
 
     def describe_running(self) -> str:
         """Describe the closures that run: on which worker, since when, and at which line."""
@@ -180,15 +192,21 @@ class ClosureQueue:
             f"{place or 'at ' + diagnostics.user_line(frames.get(ident))}"
             for worker, (closure, began, ident, place) in sorted(self.running.copy().items())
         ]
+        lines += [f"worker {worker} {why}" for worker, why in sorted(self.why_idle.copy().items())]
         return "; ".join(lines) or "no worker is running one"
 
     # -- the workers ------------------------------------------------------------------------------
 
-    def take(self, seconds: float) -> Closure | None:
-        """Take a closure to run it; None if there is none for so long, or the queue is closed."""
-        if self._returned:
-            with contextlib.suppress(IndexError):  # another worker took it
-                return self._returned.popleft()
+    def take(self, worker: int, workers: set[int], seconds: float) -> Closure | None:
+        """Take a closure to run it; None if there is none for so long, or the queue is closed.
+
+        One that has lost this worker is for the others of ``workers``, while there are any.
+        """
+        for returned in list(self._returned):
+            if worker not in returned.lost_by or workers <= returned.lost_by:
+                with contextlib.suppress(ValueError):  # another worker took it
+                    self._returned.remove(returned)
+                    return returned
         try:
             closure = self._queue.get(True, seconds)
         except queue.Empty:
@@ -229,20 +247,28 @@ class ClosureQueue:
         text = f"{closure} was cancelled: {failed}, scheduled before it, raised {describe(error)}"
         closure.end(None, CallCancelledError(f"{text}; schedule it again"))
 
-    def put_back(self, worker: int, closure: Closure) -> None:
+    def put_back(self, worker: int, workers: set[int], closure: Closure) -> None:
         """Return a closure whose worker is lost, for another one to run."""
+        closure.lost_by.add(worker)
         self.running.pop(worker, None)
         self._returned.append(closure)
-        self.wake()
+        for _ in workers.copy():  # this worker may be the first to wake
+            self.wake()
 
     def leave(self, worker: int, workers: set[int], error: BaseException) -> None:
         """Record that a worker takes no more closures; the last one ends those that are left."""
         workers.discard(worker)
         if workers:
             return
+        if not self.why_closed:  # else the calls that are left were cancelled
+            self.loss = error
         while self._returned:
             with contextlib.suppress(IndexError):
                 self.fail(worker, self._returned.popleft(), error)
+        if self.loss is not None:
+            waiting = next((each for each in list(self._open) if each.claim.take()), None)
+            if waiting is not None:
+                self.fail(worker, waiting, error)
         self.close("all its workers are lost", 0)
 
     # -- the end ----------------------------------------------------------------------------------

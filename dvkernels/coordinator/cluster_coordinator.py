@@ -19,14 +19,12 @@ from dvkernels.coordinator.per_worker import PerWorkerDataset, PerWorkerIterator
 from dvkernels.coordinator.remote_worker import RemoteWorker, encoded
 from dvkernels.coordinator.worker_thread import WorkerThread
 from dvkernels.errors import ClusterError, CollectiveTimeoutError, ContextError, DatasetError
-from dvkernels.optimizers.optimizer import Optimizer
 from dvkernels.replicas.thread_limits import ThreadLimit
 from dvkernels.strategies.current_call import current_call
 from dvkernels.strategies.parameter_server import ParameterServerStrategy
 from dvkernels.threads import stoppable_thread
 from dvkernels.values import function_checks
 from dvkernels.values.process_bound import ProcessBound
-from dvkernels.variables.variable import Variable
 
 __all__ = ["ClusterCoordinator"]
 
@@ -161,6 +159,8 @@ class ClusterCoordinator(ProcessBound):
         ContextError
             Called in a call, in replica context or under another strategy's scope, after ``close``,
             or in a fork; or an argument is a ``RemoteValue``.
+        WorkerLostError
+            The last worker, of other processes, is lost.
         CollectiveTimeoutError
             The queue is full, and no call has ended for too long.
         """
@@ -192,12 +192,12 @@ class ClusterCoordinator(ProcessBound):
             contextvars.copy_context(),
         )
         if self._strategy.processes is not None:
-            closure.sent = encoded(
+            closure.sent, kept = encoded(
                 self._strategy.processes, closure.number, closure.once, fn, args, named
             )
             # What is sent by reference must live until the call has ended.
-            kept = [leaf for leaf in leaves if isinstance(leaf, (Variable, Optimizer))]
-            closure.args, closure.kwargs = tuple(kept), {}
+            iterators = [leaf for leaf in leaves if isinstance(leaf, PerWorkerIterator)]
+            closure.args, closure.kwargs = (*kept, *iterators), {}
         self._closures.put(closure)
         generators = self._strategy.generators  # on which the draws of a resumed program go on
         generators.num_done = max(generators.num_done, closure.number + 1)

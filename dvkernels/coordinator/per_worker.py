@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, final
 
@@ -27,17 +28,49 @@ class PerWorkerDataset:
         return PerWorkerIterator(self)
 
 
+_numbers = itertools.count()
+_of_all: weakref.WeakValueDictionary[int, PerWorkerIterator] = weakref.WeakValueDictionary()
 # In a worker process: its iterators, by their number on the coordinator.
 _own: dict[int, Iterator[Any]] = {}
-_numbers = itertools.count()
 
 
-def own_iterator(number: int, dataset: PerWorkerDataset) -> Iterator[Any]:
+class IteratorHasNotBegun(Exception):
+    """A worker process has no iterator of a number yet: the coordinator sends it the dataset."""
+
+
+def own_iterator(number: int) -> Iterator[Any]:
     """Return the iterator of this worker process for that of all workers."""
-    found = _own.get(number)
+    try:
+        return _own[number]
+    except KeyError:
+        raise IteratorHasNotBegun(number) from None
+
+
+def begin_own(number: int, dataset: PerWorkerDataset) -> None:
+    """Begin the iterator of this worker process for that of all workers."""
+    _own[number] = _begun(dataset, f"in process {os.getpid()}")
+
+
+def end_own(numbers: list[int]) -> None:
+    """Drop iterators of this worker process."""
+    for number in numbers:
+        _own.pop(number, None)
+
+
+def has_ended(number: int) -> bool:
+    """Return whether nobody on the coordinator has the iterators of all workers any more."""
+    return number not in _of_all
+
+
+def to_begin(number: int) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Return the call that begins an iterator in a worker process: function and arguments."""
+    found = _of_all.get(number)
     if found is None:
-        found = _own[number] = _begun(dataset, f"in process {os.getpid()}")
-    return found
+        raise ContextError(
+            "the iterators over a per-worker dataset are gone: nobody has a reference to them any "
+            "more; keep one while calls use them"
+        )
+    return begin_own, (number, found.dataset)
 
 
 def _begun(dataset: PerWorkerDataset, where: str) -> Iterator[Any]:
@@ -52,11 +85,12 @@ def _begun(dataset: PerWorkerDataset, where: str) -> Iterator[Any]:
 class PerWorkerIterator:
     """Iterators over a per-worker dataset: in a call, an argument is that of its worker."""
 
-    __slots__ = ("__weakref__", "_dataset", "_number")
+    __slots__ = ("__weakref__", "_number", "dataset")
 
     def __init__(self, dataset: PerWorkerDataset) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self._number = next(_numbers)
+        _of_all[self._number] = self
 
     def __iter__(self) -> PerWorkerIterator:
         return self
@@ -69,7 +103,7 @@ class PerWorkerIterator:
 
     def of_worker(self, worker: int) -> Iterator[Any]:
         """Return a new iterator, for one worker."""
-        return _begun(self._dataset, f"of worker {worker}")
+        return _begun(self.dataset, f"of worker {worker}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return own_iterator, (self._number, self._dataset)
+        return own_iterator, (self._number,)

@@ -10,6 +10,7 @@ from typing import Any, final
 import numpy as np
 
 from dvkernels.coordinator.closure import Closure
+from dvkernels.coordinator.per_worker import IteratorHasNotBegun, end_own, has_ended, to_begin
 from dvkernels.errors import ContextError
 from dvkernels.strategies.servers import message
 from dvkernels.strategies.servers.processes import JobProcesses
@@ -28,6 +29,10 @@ class RemoteWorker:
         self._processes = processes
         self._channel = processes.channel(processes.workers[number])
         self.place = f"in {self._channel.place}"
+        self._rank = self._channel.peer
+        self._begun = processes.iterators[self._rank]
+        # One thread at a time uses the channel: coordinators of one strategy have it in turn.
+        self.turn = processes.turns[self._rank].lock()
 
     @property
     def is_gone(self) -> bool:
@@ -45,18 +50,39 @@ class RemoteWorker:
         Writes that count once come with the result, and this process hands them on to the servers:
         a worker that dies has reported all of them or none.
         """
-        processes = self._processes
-        self._channel.post(closure.sent)
+        gone = [number for number in self._begun if has_ended(number)]
+        if gone:
+            self._begun.difference_update(gone)
+            self._make(closure, end_own, (gone,))
+        error, result, writes = self._reply(closure, closure.sent)
+        while isinstance(error, IteratorHasNotBegun):
+            error = self._make(closure, *to_begin(*(begun := error.args)))
+            if error is None:
+                self._begun.update(begun)
+                error, result, writes = self._reply(closure, closure.sent)
+        if error is not None:
+            raise error
+        if writes:
+            self._processes.client.ask(f"the writes of {closure}", writes, self._rank)
+        return result
+
+    def _make(self, closure: Closure, fn: Any, arguments: tuple[Any, ...]) -> BaseException | None:
+        """Make a call of our own before that of a closure, and return its error."""
+        call = (closure.number, False, fn, arguments, dict[str, Any]())
+        sent = message.encode(call, self._processes.objects, closure.number)
+        return self._reply(closure, sent)[0]
+
+    def _reply(
+        self, closure: Closure, sent: Sequence[memoryview]
+    ) -> tuple[BaseException | None, Any, Any]:
+        self._channel.post(sent)
         came = None
         # Replies come in order; one before may be to a coordinator that has been closed.
         while came is None or message.number_of(came) != closure.number:
             came = self._channel.next(str(closure), math.inf)
-        error, result, writes = message.decode(came, processes.objects)
-        if error is not None:
-            raise error
-        if writes:
-            processes.client.ask(f"the writes of {closure}", writes)
-        return result
+        reply: tuple[BaseException | None, Any, Any]
+        reply = message.decode(came, self._processes.objects)
+        return reply
 
 
 def encoded(
@@ -66,15 +92,18 @@ def encoded(
     fn: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> list[memoryview]:
+) -> tuple[list[memoryview], tuple[Any, ...]]:
     """Return a call as a message; raise if it cannot be sent, or captures too much.
+
+    Return also the variables and optimizers that it refers to: servers keep them while they live.
 
     The message has its own copy of all arrays, so that the call sees them as they were scheduled,
     also if it runs again.
     """
+    kept: list[Any] = []
     try:
         parts = message.encode(
-            (number, once, fn, tuple(args), dict(kwargs)), processes.objects, number
+            (number, once, fn, tuple(args), dict(kwargs)), processes.objects, number, kept
         )
         nbytes = message.nbytes_of(parts)
         if nbytes > MOST_CAPTURED_NBYTES:  # of the function, or of its arguments?
@@ -91,7 +120,7 @@ def encoded(
             f"dv.Variable in the scope of the strategy, which the function reads by read_value or "
             f"gather_rows; or data of the workers, by create_per_worker_dataset"
         )
-    return message.owned(parts)
+    return message.owned(parts), tuple(kept)
 
 
 def _largest_of(fn: Any) -> str:

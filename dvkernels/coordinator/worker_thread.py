@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from dvkernels.coordinator.coordinator_stats import counters
 from dvkernels.coordinator.per_worker import PerWorkerIterator
 from dvkernels.coordinator.remote_worker import RemoteWorker
 from dvkernels.errors import WorkerLostError
+from dvkernels.optimizers.optimizer import check_steps
 from dvkernels.profiler import tracing
 from dvkernels.replicas import thread_limits
 from dvkernels.strategies.current_call import current_call
@@ -89,12 +91,15 @@ class WorkerThread:
         self._inherited = None
         self._num_lowered = 0
         self._iterators = weakref.WeakKeyDictionary()
+        turn = None if self._remote is None else self._remote.turn
         try:
+            if turn is not None and not self._waits_for(turn, stop):
+                return self._leave()
             while True:
                 if closure is None:
                     if self._remote is not None and self._remote.is_gone:
                         return self._leave()
-                    closure = closures.take(_IDLE_SECONDS)
+                    closure = closures.take(self.number, self._living, _IDLE_SECONDS)
                 if closure is not None:
                     if self._is_lost_by(closure):
                         return  # to the next thread
@@ -105,6 +110,22 @@ class WorkerThread:
             if closure is not None and not closure.done.is_open:
                 closures.fail(self.number, closure, error)
             self._is_replaced()
+        finally:
+            if turn is not None:
+                try:  # noqa: SIM105 - as in TableServer.ask
+                    turn.release()
+                except RuntimeError:  # the turn never came
+                    pass
+
+    def _waits_for(self, turn: threading.RLock, stop: Latch) -> bool:
+        """Wait for the end of an earlier coordinator's thread; return whether to go on."""
+        closures = self._closures
+        while not turn.acquire(timeout=_IDLE_SECONDS):
+            closures.why_idle[self.number] = "runs a call of an earlier coordinator"
+            if closures.why_closed or stop.is_open or self._owner() is None:
+                return False
+        closures.why_idle.pop(self.number, None)
+        return True
 
     def _is_lost_by(self, closure: Closure) -> bool:
         """Run a closure to its end; return whether another thread does instead."""
@@ -125,7 +146,7 @@ class WorkerThread:
             # Without its server no worker can run it.
             if is_lost and self._remote is not None and not self._remote.why_servers_lost:
                 self.num_repeated += 1
-                closures.put_back(number, closure)
+                closures.put_back(number, self._living, closure)
                 return False
             self.num_failed += 1
             user_errors.annotate(error, f"raised by {closure}, on worker {number}")
@@ -161,6 +182,7 @@ class WorkerThread:
         token = pending_writes.set(writes)
         result = closure.fn(*args, **kwargs)
         pending_writes.reset(token)
+        check_steps(request for _, _, request, *_ in writes)
         apply_pending(writes)
         return result
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import abc
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-import numpy as np
 
 from dvkernels import context, verbs
 from dvkernels.devices import array_memory
@@ -124,7 +123,8 @@ class Optimizer(OptimizerState):
 
         Notes
         -----
-        After an error all variables, slots and step counts are as before.
+        After an error all variables, slots and step counts are as before. Where they lie on several
+        servers, this holds for each server by itself: others may have taken the step.
 
         Examples
         --------
@@ -223,6 +223,9 @@ class Optimizer(OptimizerState):
             self._take_step(variables, columns, op, shares)
             return
         writes: PendingWrites = []
+        is_here = isinstance(storage_of(variables[0]).server, TableServer)
+        if is_here and len(variables) > 1:
+            check_steps(functools.partial(self.step_at_server, each) for each in variables)
         for variable, (gradient,) in zip(variables, columns, strict=True):
             copies = storage_of(variable)
             step = functools.partial(self.step_at_server, variable)
@@ -237,6 +240,13 @@ class Optimizer(OptimizerState):
             self._take_row_step(variable, gradient)
         else:
             self._take_step([variable], [[gradient]], ReduceOp.MEAN, None)
+
+    def check_step(self, variable: Variable, num_before: int) -> None:
+        """Raise if a step of a variable would have no learning rate, so many steps after now."""
+        if callable(self._learning_rate):
+            has_steps = self._slots.has(variable)
+            states = self._slots.states_of([variable], ()) if has_steps else []
+            self._rates([num_before + sum(int(state.steps) for state in states)])
 
     def steps_at_server(self, variable: Variable, _: Any, steps: int | None) -> int:
         """Return the step count of a variable, which is set first if a number is given."""
@@ -254,7 +264,7 @@ class Optimizer(OptimizerState):
         parameter, steps = copies_of(variable), int(state.steps)
         tables = [parameter[0], *(copies_of(state.slots[name])[0] for name in self.slot_names)]
         take_row_step(self._rule([parameter], [steps]), tables, gradient)
-        state.steps[...] += 1
+        state.steps[()] += 1
         self._iterations = max(self._iterations, steps + 1)
 
     def _take_step(
@@ -301,11 +311,24 @@ class Optimizer(OptimizerState):
 
     def count_steps(self, states: Sequence[VariableState], most: int) -> None:
         """Count a step of each of these variables; ``most`` is the largest count afterwards."""
-        add = np.add
         for each in states:
-            add(each.steps, _ONE, each.steps)
+            each.steps[()] += 1
         self._iterations = max(self._iterations, most)
 
 
-_ONE = np.ones((), np.int64)
+def check_steps(requests: Iterable[Any]) -> None:
+    """Raise, before the first request of several is carried out, what a step among them would.
+
+    Other requests were checked when they were made.
+    """
+    num_steps: Counter[tuple[int, int]] = Counter()
+    for request in requests:
+        step: Any = getattr(request, "func", None)  # a partial
+        if getattr(step, "__func__", None) is Optimizer.step_at_server:
+            (variable,) = request.args
+            key = id(step.__self__), id(variable)
+            step.__self__.check_step(variable, num_steps[key])
+            num_steps[key] += 1
+
+
 _first_steps = TableServer(())  # the slots of one variable after another are made

@@ -190,7 +190,10 @@ class ParameterServerStrategy(Strategy):
         self.coordinator = weakref.ref(coordinator)
 
     def close(self) -> None:
-        """End the workers, and the coordinator with them. Variables stay readable."""
+        """End the workers, and the coordinator with them.
+
+        Variables stay readable, unless they lie on servers in other processes, which end.
+        """
         coordinator = self.coordinator()
         try:
             if coordinator is not None:

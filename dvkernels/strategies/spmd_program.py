@@ -19,7 +19,6 @@ import numpy as np
 
 from dvkernels import context, pytree, user_errors
 from dvkernels.communicators.jax import lowering, shard_map
-from dvkernels.devices import jax_devices
 from dvkernels.devices.array_spec import spec
 from dvkernels.errors import ContextError
 from dvkernels.kernels import update_rules
@@ -219,9 +218,8 @@ class SpmdProgram:
         number = self._strategy.generators.num_done % 2**32 if self._uses_step else 0
         known, extras = self._known_extras
         if known != (rows, number):
-            mesh, own = self._placement.mesh, self._placement.replica_devices
-            devices = [*map(jax_devices.own, own)]
-            places = step_arguments.places_of_one(mesh, devices)
+            mesh = self._placement.mesh
+            places = step_arguments.places_of_one(mesh, self._placement.jax_local_devices)
             new = [functional_step.padded(rows), np.uint32(number)]
             put = [jax.device_put(new, place) for place in places]
             columns = zip(*put, strict=True)

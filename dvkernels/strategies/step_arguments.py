@@ -20,7 +20,7 @@ from dvkernels.values.placement import Placement
 __all__: list[str] = []
 
 TRACED = object()  # in the place of a leaf that is traced
-_NUMBERS = (bool, int, float, complex, np.generic)
+_HOST = (np.ndarray, bool, int, float, complex, np.generic)
 
 
 class StepArguments(NamedTuple):
@@ -41,7 +41,7 @@ class StepArguments(NamedTuple):
 def of(args: Sequence[Any], kwargs: Mapping[str, Any], placement: Placement) -> StepArguments:
     """Return the arguments of a call; parts of different shapes raise."""
     leaves, structure = pytree.flatten((tuple(args), dict(kwargs)))
-    mesh, own = placement.mesh, [*map(jax_devices.own, placement.replica_devices)]
+    mesh, own = placement.mesh, placement.jax_local_devices
     constants: list[Any] = []
     pending: list[Any] = []  # what is put on devices
     places: list[Any] = []
@@ -51,7 +51,7 @@ def of(args: Sequence[Any], kwargs: Mapping[str, Any], placement: Placement) -> 
         if isinstance(leaf, PerReplica):
             regroup.check_fits(leaf, placement, "run: ")
             values = leaf.values
-            if not all(_is_array(value) for value in values):
+            if not all(map(_is_array, values)):
                 values = _equal_constants(values)
                 constants.append(values)
                 keys.append(_constant_key(values))
@@ -103,14 +103,14 @@ def whole_of(arrays: list[Any], mesh: Any) -> Any:
 
 def _placed(values: list[Any], places: list[Any]) -> list[Any]:
     """Return values on their devices; what lies there already costs no transfer."""
-    for k, value in enumerate(values):
-        if not isinstance(value, (np.ndarray, jax.Array, *_NUMBERS)):  # of another library
+    moved = []
+    for k, (value, place) in enumerate(zip(values, places, strict=True)):
+        if isinstance(value, jax.Array):
+            if value.committed and value.device == place:
+                continue
+        elif not isinstance(value, _HOST):  # of another library
             values[k] = interop.view("run of a compiled step", value, "an argument")
-    moved = [
-        k
-        for k, (value, place) in enumerate(zip(values, places, strict=True))
-        if not (isinstance(value, jax.Array) and value.committed and value.device == place)
-    ]
+        moved.append(k)
     if moved:
         new = jax.device_put([values[k] for k in moved], [places[k] for k in moved])
         for k, array in zip(moved, new, strict=True):
@@ -119,17 +119,22 @@ def _placed(values: list[Any], places: list[Any]) -> list[Any]:
 
 
 def _is_array(value: Any) -> bool:
-    if isinstance(value, (np.ndarray, np.generic)):
-        if value.dtype.kind not in "biufcV":
-            raise NotABufferError(
-                f"run of a compiled step: arrays of {value.dtype} cannot be traced; pass numbers, "
-                f"or run the function itself, uncompiled"
-            )
+    if isinstance(value, jax.Array):
         return True
-    return isinstance(value, (jax.Array, *_NUMBERS)) or interop.is_foreign(value)
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind not in "biufcV":
+        raise NotABufferError(
+            f"run of a compiled step: arrays of {value.dtype} cannot be traced; pass numbers, or "
+            f"run the function itself, uncompiled"
+        )
+    return isinstance(value, _HOST) or interop.is_foreign(value)
 
 
 def _check_even(values: Sequence[Any]) -> None:
+    first = values[0]
+    if isinstance(first, jax.Array):
+        shape, dtype = first.shape, first.dtype
+        if all(isinstance(v, jax.Array) and v.shape == shape and v.dtype == dtype for v in values):
+            return
     specs = [spec(value) if hasattr(value, "shape") else type(value) for value in values]
     for replica, each in enumerate(specs):
         if each != specs[0]:

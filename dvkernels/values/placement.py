@@ -99,6 +99,11 @@ class Placement:
             return self.all_devices
         return jax_devices.mesh(self.replica_devices)
 
+    @cached_property
+    def jax_local_devices(self) -> list[Any]:
+        """The devices of JAX of the local replicas."""
+        return [*map(jax_devices.own, self.replica_devices)]
+
     def is_of(self, strategy: Placement) -> bool:
         """Return whether this is a strategy's placement, or that of one of its copies."""
         return self is strategy or self.parent is strategy

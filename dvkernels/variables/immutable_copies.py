@@ -18,6 +18,7 @@ from dvkernels.devices.array_spec import Array
 from dvkernels.profiler import debugging
 from dvkernels.values.distributed import PerReplica
 from dvkernels.variables.copies import Copies
+from dvkernels.variables.modes import traceable
 
 __all__: list[str] = []
 
@@ -34,6 +35,10 @@ class ImmutableCopies(Copies):
 
     content: Any  # a tuple with an array for each device, or a global array; one store writes it
     _other_form: tuple[Any, Any]  # of a content, and made of it
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.mode = traceable(self.synchronization)
 
     def set_arrays(self, arrays: Iterable[Array]) -> None:
         """Take new arrays as the copies."""

@@ -64,3 +64,8 @@ class VariableAggregation(NamedEnum):
     SUM = "sum"
     MEAN = "mean"
     ONLY_FIRST_REPLICA = "only_first_replica"
+
+
+def traceable(synchronization: VariableSynchronization) -> str:
+    """Return the mode of a variable that compiled steps of JAX may use, in the table of modes."""
+    return f"{synchronization.value}, traceable"

@@ -108,8 +108,6 @@ class VariableReads:
         mode = SYNC_MODES[self._copies.mode]
         if replica is None:
             return mode.read_across(self._copies)
-        if replica.trace is not None:
-            return replica.trace.read(self._copies)
         return mode.read_in_replica(self._copies, replica)
 
     def gather_rows(self, indices: Any, *, out: Any = None) -> Any:

@@ -22,7 +22,11 @@ from dvkernels.values.distributed import PerReplica
 from dvkernels.variables import scatter
 from dvkernels.variables.access import check_aggregation, write_together
 from dvkernels.variables.copies import Copies
-from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
+from dvkernels.variables.modes import (
+    VariableAggregation,
+    VariableSynchronization,
+    traceable,
+)
 from dvkernels.variables.table_server import SERVED
 
 __all__: list[str] = []
@@ -230,3 +234,33 @@ SYNC_MODES: dict[Any, SyncMode] = {
         write_at_server, scatter.scatter_at_server, read_at_server,
     ),
 }  # fmt: skip
+
+
+def _traceable(mode: SyncMode) -> SyncMode:
+    """Return a mode whose replicas may be traced by JAX: the trace then has the values."""
+
+    def write(copies: Copies, verb: str, value: Any, replica: ReplicaContext) -> None:
+        if replica.trace is None:
+            mode.write_in_replica(copies, verb, value, replica)
+        else:
+            replica.trace.write(copies, verb, replica.own(value))
+
+    def scatter_rows(
+        copies: Copies, verb: str, indices: Any, updates: Any, replica: ReplicaContext
+    ) -> None:
+        if replica.trace is None:
+            mode.scatter_in_replica(copies, verb, indices, updates, replica)
+        else:
+            replica.trace.scatter(copies, verb, replica.own(indices), replica.own(updates))
+
+    def read(copies: Copies, replica: ReplicaContext) -> Any:
+        if replica.trace is None:
+            return mode.read_in_replica(copies, replica)
+        return replica.trace.read(copies)
+
+    return SyncMode(write, scatter_rows, read, *mode[3:])
+
+
+SYNC_MODES |= {
+    traceable(when): _traceable(mode) for when, mode in SYNC_MODES.items() if when != SERVED
+}

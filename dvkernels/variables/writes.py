@@ -153,8 +153,6 @@ class VariableWrites:
         mode = SYNC_MODES[self._copies.mode]
         if replica is None:
             mode.write_across(self._copies, verb, value)
-        elif replica.trace is not None:
-            replica.trace.write(self._copies, verb, replica.own(value))
         else:
             mode.write_in_replica(self._copies, verb, value, replica)
 
@@ -163,8 +161,6 @@ class VariableWrites:
         mode = SYNC_MODES[self._copies.mode]
         if replica is None:
             mode.scatter_across(self._copies, verb, indices, updates)
-        elif replica.trace is not None:
-            replica.trace.scatter(self._copies, verb, replica.own(indices), replica.own(updates))
         else:
             mode.scatter_in_replica(self._copies, verb, indices, updates, replica)
 

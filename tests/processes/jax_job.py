@@ -21,12 +21,14 @@ from dvkernels.errors import (  # noqa: E402
     CollectiveTimeoutError,
     WorkerLostError,
 )
+from dvkernels.testing import check_strategy  # noqa: E402
 
 here = dv.get_replica_context
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{PORT}", num_processes=2, process_id=RANK)
-strategy = dv.TPUStrategy([f"jax:cpu:{k}" for k in range(COUNT)], timeout_seconds=60)
+DEVICES = [f"jax:cpu:{k}" for k in range(COUNT)]
 NUM_REPLICAS = 2 * COUNT
+strategy = dv.TPUStrategy(DEVICES, timeout_seconds=60)
 assert strategy.num_replicas_in_sync == NUM_REPLICAS
 ids = dv.PerReplica([np.float32(COUNT * RANK + k) for k in range(COUNT)])
 SUM_OF_IDS = sum(range(NUM_REPLICAS))
@@ -41,6 +43,13 @@ def raised(kind, call, *parts):
 
 def values(result):
     return [np.asarray(value).tolist() for value in strategy.local_results(result)]
+
+
+def conformance():
+    check_strategy(lambda _: dv.TPUStrategy(DEVICES, timeout_seconds=60), replicas=[NUM_REPLICAS])
+    with dv.MirroredStrategy(DEVICES) as own:  # stays within its process
+        total = own.run(lambda: here().all_reduce("sum", jax.numpy.float32(1 + RANK)))
+        assert [float(value) for value in total.values] == [COUNT * (1 + RANK)] * COUNT
 
 
 def collectives():
@@ -70,10 +79,8 @@ def collectives():
     uneven = strategy.run(
         lambda: here().all_gather(jax.numpy.full(1 + here().replica_id_in_sync_group, 1.0 + RANK))
     )
-    assert (
-        values(uneven)
-        == [[1.0] * (3 if COUNT == 2 else 1) + [2.0] * (7 if COUNT == 2 else 2)] * COUNT
-    )
+    rows = [1.0 + k // COUNT for k in range(NUM_REPLICAS) for _ in range(1 + k)]
+    assert values(uneven) == [rows] * COUNT
 
 
 def training():
@@ -155,7 +162,7 @@ def loss():
     raised(WorkerLostError, lambda: strategy.run(step, (ids,)))
 
 
-for part in (collectives, training, disagreements):
+for part in (conformance, collectives, training, disagreements):
     part()
 assert not issubclass(WorkerLostError, CollectiveTimeoutError)
 print("all parts", flush=True)

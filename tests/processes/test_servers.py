@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from host_jobs import outcome, run
-from mpi_jobs import needs_mpi
+from mpi_jobs import Job, is_open_mpi, needs_mpi
 from mpi_jobs import run as run_mpi
 
 import dvkernels as dv
@@ -66,6 +66,10 @@ def test_every_call_ends_once_though_some_fail(num_calls, seed):
     run(5, "calls_fail", num_calls, seed, file=PROGRAMS)
 
 
+def test_all_processes_refuse_numbers_that_differ():
+    run(3, "counts_differ", file=PROGRAMS)
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("example", ["asynchronous_sgd", "live_counters", "word_vectors"])
 def test_examples_have_servers(example, tmp_path):
@@ -88,6 +92,7 @@ def test_examples_have_servers(example, tmp_path):
         pytest.param("coordinator_fails", [0, 0], marks=pytest.mark.wide),
         pytest.param("coordinator_dies", [1, 1], marks=pytest.mark.wide),
         pytest.param("call_never_ends", [0, 0], marks=pytest.mark.wide),
+        pytest.param("interrupted", [0, 0], marks=pytest.mark.wide),
     ],
 )
 def test_a_loss_is_an_error_with_names_and_no_wait(program, others):
@@ -106,6 +111,25 @@ class TestOverMpi:
 
     def test_laws(self, program, hosts):
         run_mpi(4, program, 1, environ={"DVKERNELS_HOSTS": hosts} if hosts else {}, file=PROGRAMS)
+
+
+@pytest.mark.wide
+class TestLossesOverMpi:
+    pytestmark = needs_mpi
+
+    @pytest.mark.parametrize("hosts", ["", "2,2"])
+    @pytest.mark.parametrize("goes_on", [True, False])
+    def test_a_worker_is_lost(self, hosts, goes_on, tmp_path):
+        if goes_on and not is_open_mpi():
+            pytest.skip("only Open MPI goes on without a lost process")
+        options = ["--with-ft", "ulfm"] if goes_on else []
+        environ = {"DVKERNELS_HOSTS": hosts} if hosts else {}
+        job = Job(4, "worker_dies", tmp_path, environ=environ, file=PROGRAMS, options=options)
+        outcome = job.wait(60)
+        if goes_on:
+            assert "survived" in outcome.written, outcome.written
+        else:  # the launcher ends the job
+            assert outcome.code != 0, outcome.written
 
 
 @pytest.mark.wide

@@ -87,7 +87,7 @@ def _client() -> Any:
     except (ImportError, AttributeError) as error:
         raise ClusterError(
             f"JAX {jax.__version__} keeps its coordination service where this version does not "
-            f"look, which was tested with JAX 0.6.2 to 0.10.2: {text_of(error)}; install one of "
+            f"look, which was tested with JAX 0.6.1 to 0.10.2: {text_of(error)}; install one of "
             f"these"
         ) from error
 

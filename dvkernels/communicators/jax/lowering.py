@@ -72,6 +72,8 @@ def weighted_mean(value: Any, weight: Any) -> Any:
 
 def all_gather(value: Any, axis: int) -> Any:
     """Return the concatenation of the replicas' values, which have one shape."""
+    if value.shape[axis] == 0:  # XLA does not gather nothing
+        return value
     return lax.all_gather(value, AXIS, axis=axis, tiled=True)
 
 
@@ -91,6 +93,8 @@ def broadcast(value: Any, root: int) -> Any:
 
 def reduce_scatter(value: Any, op: Reduction) -> Any:
     """Return this replica's part of the reduction; the parts have one length."""
+    if value.shape[0] == 0:
+        return value
     length = value.shape[0] // lax.psum(1, AXIS)
     if op is ReduceOp.SUM and not reduce_op.is_half(np.dtype(value.dtype)):
         return lax.psum_scatter(value, AXIS, tiled=True)

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import os
 import platform
+import signal
 import sys
 
 import numpy as np
@@ -241,6 +242,10 @@ def _leave_at_exit(pid: int) -> None:
     is_left = wait.until(_has_everyone_left, wait.PROGRAMS, seconds)
     if is_broken or not (is_left or is_whole):
         _abort(does_any_hang=any([transport.remaining_workers() for transport in _open]))
+    if any([transport.has_lost for transport in _open]):
+        # Open MPI's Finalize, after the end of Python, sometimes hangs once a process was killed.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS)
 
 
 def _has_everyone_left() -> bool:

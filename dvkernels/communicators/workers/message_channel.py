@@ -32,6 +32,9 @@ class MessageChannel(ABC):
 
     def __init__(self, peer: int, place: str, why_gone: Callable[[], tuple[str, bool]]) -> None:
         self.peer, self.place = peer, place
+        self.pace = wait.MESSAGE
+        # Grows while a message moves: who waits for the rest does not nap longer and longer.
+        self.num_moved = 0
         self.why_gone = why_gone
 
     @abstractmethod
@@ -41,6 +44,10 @@ class MessageChannel(ABC):
     @abstractmethod
     def flush(self) -> bool:
         """Send as much as the other process has room for; return whether all has been sent."""
+
+    @abstractmethod
+    def own_unsent(self) -> None:
+        """Copy what has not been sent: the parts of messages may change from now on."""
 
     @abstractmethod
     def receive(self) -> HostArray | None:
@@ -53,25 +60,28 @@ class MessageChannel(ABC):
             raise WorkerLostError(f"process {self.peer} is lost, and with it {what}: {why}")
 
     def next(self, what: str, seconds: float) -> HostArray | None:
-        """Wait for a message and return it; None if none comes in time.
+        """Wait for a message and return it; None if nothing of one comes in time.
 
         Raises
         ------
         WorkerLostError
             The other process is gone, and all that it had sent has been received.
         """
-        found: HostArray | None = None
+        found, seen = None, 0
 
-        def has_come() -> bool:
+        def has_moved() -> bool:
             nonlocal found
             if found is None:
                 self.flush()
                 found = self.receive()
-            return found is not None
+            return found is not None or self.num_moved != seen
 
         def check(_: float) -> None:
-            if self.why_gone()[0] and not has_come():  # its last words come first
+            if self.why_gone()[0] and not has_moved():  # its last words come first
                 self.check(what)
 
-        wait.until(has_come, wait.MESSAGE, seconds, check)
+        is_in_time = True
+        while found is None and is_in_time:
+            seen = self.num_moved
+            is_in_time = wait.until(has_moved, self.pace, seconds, check)
         return found

@@ -46,6 +46,7 @@ class Transport(ControlChannel):
     """
 
     takes_columns = False  # all_reduce_into takes several columns, of several arrays each
+    has_lost = False  # a worker that has not left in order
     symmetric_memory: SymmetricMemory | None = None  # whose arrays are reduced in place
     on_close: Callable[[str], object] | None = None  # leaves the group, where its end is no exit
 

@@ -51,6 +51,7 @@ ROLL_CALL = Pace(0.0, 0.2e-3, 5e-3, 0.1)
 # For a message, and of a server for requests: an answer takes 20 to 200 us, and a process that is
 # idle leaves its core to others. A check asks the system for processes.
 MESSAGE = Pace(0.2e-3, 20e-6, 1e-3, 0.1)
+SHARED_CORE_MESSAGE = Pace(0.0, 20e-6, 1e-3, 0.1)
 # For programs of JAX over several processes; a check asks the coordination service.
 JAX_PROGRAM = Pace(0.0, 50e-6, 1e-3, 0.25)
 # For GPUs, whose calls a thread watches in the background.

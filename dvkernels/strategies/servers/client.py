@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
+from dvkernels import deadlines
+from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.errors import CollectiveTimeoutError, ContextError, WorkerLostError
 from dvkernels.profiler import tracing
@@ -17,6 +20,8 @@ from dvkernels.strategies.servers.message import References
 from dvkernels.threads import shielded
 
 __all__: list[str] = []
+
+_LOOK_SECONDS = 0.1  # how often a request looks whether Ctrl-C came
 
 
 class _ServerLink:
@@ -54,15 +59,21 @@ class ServerClient:
         is_interruptible: bool,
     ) -> None:
         self.servers = {channel.peer: _ServerLink(channel) for channel in channels}
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds = deadlines.of_strategy(timeout_seconds)
         self._is_interruptible = is_interruptible
         self._pid = os.getpid()
         self.is_closed = False
 
-    def ask(self, what: str, asked: Sequence[tuple[int, tuple[Any, ...]]]) -> list[Any]:
+    def ask(
+        self,
+        what: str,
+        asked: Sequence[tuple[int, tuple[Any, ...]]],
+        author: int | None = None,
+    ) -> list[Any]:
         """Return the answers to requests, ``(server, request)``; each server gets one message.
 
-        A request is ``(verb, function, key, *arguments)``.
+        A request is ``(verb, function, key, *arguments)``. They count as those of ``author``, the
+        rank of a process, or as this one's.
 
         Raises
         ------
@@ -83,10 +94,10 @@ class ServerClient:
         began = 0 if recording is None or verb == "report" else recording.begin(verb)
         answers: list[Any]
         if self._is_interruptible:
-            ask = functools.partial(self._ask, what, asked)
-            answers = shielded.uninterrupted(ask, is_atomic=True)
+            ask = functools.partial(self._ask, what, asked, author)
+            answers = shielded.uninterrupted(ask)
         else:
-            answers = self._ask(what, asked)
+            answers = self._ask(what, asked, author)
         if recording is not None and began:
             about = {"request": what, "servers": sorted({rank for rank, _ in asked})}
             recording.end(verb, "request", began, about)
@@ -110,7 +121,9 @@ class ServerClient:
                 return f"{_description(server)}: {why}"
         return ""
 
-    def _ask(self, what: str, asked: Sequence[tuple[int, tuple[Any, ...]]]) -> list[Any]:
+    def _ask(
+        self, what: str, asked: Sequence[tuple[int, tuple[Any, ...]]], author: int | None
+    ) -> list[Any]:
         by_server: dict[int, list[int]] = {}
         for position, (rank, _) in enumerate(asked):
             by_server.setdefault(rank, []).append(position)
@@ -118,19 +131,27 @@ class ServerClient:
         taken: list[Any] = []
         try:
             for rank in sorted(by_server):
-                lock = self.servers[rank].turn.lock()
-                if not lock.acquire(timeout=self._timeout_seconds):
-                    raise CollectiveTimeoutError(
-                        f"{what} waited {self._timeout_seconds:g} s in vain for another thread "
-                        f"that waits for server {rank}"
-                    )
-                taken.append(lock)
+                server = self.servers[rank]
+                lock, began = server.turn.lock(), time.monotonic()
+                while not lock.acquire(timeout=min(_LOOK_SECONDS, self._timeout_seconds)):
+                    _check_interrupt()
+                    if time.monotonic() - began >= self._timeout_seconds:
+                        raise CollectiveTimeoutError(
+                            f"{what} waited {self._timeout_seconds:g} s in vain for another thread "
+                            f"that waits for server {rank}"
+                        )
+                taken.append((server, lock))
             for rank, positions in by_server.items():
-                self._send(self.servers[rank], [asked[position][1] for position in positions])
+                listed = [asked[position][1] for position in positions]
+                self._send(self.servers[rank], listed, author)
+            servers = [self.servers[rank] for rank in by_server]
+            if len(servers) > 1:
+                self._flush([server.channel for server in servers])
             # All answers are taken before an error is raised.
-            outcomes = [self._outcome(what, self.servers[rank]) for rank in by_server]
+            outcomes = [self._outcome(what, server) for server in servers]
         finally:
-            for lock in taken:
+            for server, lock in taken:
+                server.channel.own_unsent()  # the caller's arrays may change from now on
                 lock.release()
         for (error, results), positions in zip(outcomes, by_server.values(), strict=True):
             if error is not None:
@@ -139,33 +160,63 @@ class ServerClient:
                 answers[position] = result
         return answers
 
-    def _send(self, server: _ServerLink, listed: list[tuple[Any, ...]]) -> None:
+    def _flush(self, channels: list[MessageChannel]) -> None:
+        """Send the messages to several servers at one time, none behind another's answer."""
+        num_moved = 0
+
+        def has_moved() -> bool:
+            channels[:] = [channel for channel in channels if not channel.flush()]
+            return not channels or sum(each.num_moved for each in channels) != num_moved
+
+        def check(_: float) -> None:
+            channels[:] = [channel for channel in channels if not channel.why_gone()[0]]
+            _check_interrupt()
+
+        pace, is_in_time = channels[0].pace, True
+        while channels and is_in_time:
+            num_moved = sum(each.num_moved for each in channels)
+            is_in_time = wait.until(has_moved, pace, self._timeout_seconds, check)
+
+    def _send(self, server: _ServerLink, listed: list[tuple[Any, ...]], author: int | None) -> None:
         server.num_asked += 1
         dropped = [server.dropped.popleft() for _ in range(len(server.dropped))]
-        parts = message.encode((dropped, listed), self.references, server.num_asked)
+        parts = message.encode((dropped, listed, author), self.references, server.num_asked)
         server.channel.post(parts)
 
     def _outcome(self, what: str, server: _ServerLink) -> tuple[BaseException | None, list[Any]]:
+        channel, began = server.channel, time.monotonic()
         while True:
+            left, num_moved = self._timeout_seconds - (time.monotonic() - began), channel.num_moved
             try:
-                came = server.channel.next(what, self._timeout_seconds)
+                came = channel.next(what, max(0.0, min(left, _LOOK_SECONDS)))
             except WorkerLostError as error:
                 text = f"{what}: {_description(server)} is lost: {server.channel.why_gone()[0]}"
                 lost = WorkerLostError(f"{text}; restore a checkpoint in a new job")
                 lost.__cause__ = error
                 return lost, []
-            if came is None:
+            if came is None and channel.num_moved != num_moved:
+                began = time.monotonic()
+            elif came is None and left <= _LOOK_SECONDS:
                 text = (
                     f"{what}: server {server.channel.peer} has not answered for "
                     f"{self._timeout_seconds:g} s; was it stopped? Give timeout_seconds if its "
-                    f"requests take longer"
+                    f"requests take longer. A write may still be carried out: read before you "
+                    f"repeat it"
                 )
                 return CollectiveTimeoutError(text), []
-            if message.number_of(came) == server.num_asked:
+            elif came is not None and message.number_of(came) == server.num_asked:
                 outcome: tuple[BaseException | None, list[Any]]
                 outcome = message.decode(came, self.references)
                 return outcome
-            # else it is the late answer to a request that was given up
+            # Else it may be the late answer to a request that was given up.
+            _check_interrupt()
+
+
+def _check_interrupt() -> None:
+    """Give a request up if Ctrl-C came; its late answer will be skipped."""
+    call = shielded.current()
+    if call is not None:
+        call.check()
 
 
 def _description(server: _ServerLink) -> str:

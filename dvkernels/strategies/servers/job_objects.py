@@ -21,6 +21,8 @@ from dvkernels.variables.variable import Variable, new_variable, storage_of
 
 __all__: list[str] = []
 
+_MOST_DROPPED_NAMES = 1000
+
 
 class VariableRecord(NamedTuple):
     """All that a worker needs to know of a variable."""
@@ -42,6 +44,8 @@ class _Optimizers:
         self._numbers = itertools.count()
         self._keys: weakref.WeakKeyDictionary[Optimizer, tuple[int, int]]
         self._keys = weakref.WeakKeyDictionary()
+        self._own: weakref.WeakValueDictionary[tuple[int, int], Optimizer]
+        self._own = weakref.WeakValueDictionary()
         self._of_others: dict[tuple[int, int], Optimizer] = {}
 
     def reference_of(
@@ -50,13 +54,15 @@ class _Optimizers:
         key = self._keys.get(optimizer)
         if key is None:
             key = self._keys[optimizer] = (self._rank, next(self._numbers))
+            self._own[key] = optimizer
             weakref.finalize(optimizer, drop, key).atexit = False
         return ("optimizer", key, type(optimizer), optimizer.settings())
 
     def resolve(self, key: tuple[int, int], kind: type[Optimizer], settings: Any) -> Optimizer:
+        found = self._own.get(key)
+        if found is not None:  # its settings are those of this process
+            return found
         found = self._of_others.get(key)
-        if found is None:
-            found = next((each for each, k in self._keys.items() if k == key), None)
         if found is None:
             found = self._of_others[key] = object.__new__(kind)
             super(Optimizer, found).__init__()
@@ -140,12 +146,30 @@ class ServerObjects:
         self._optimizers = _Optimizers(rank)
         self.variables: dict[int, Variable] = {}
         self.counts: dict[int, RequestCounts] = {}
+        self._names: dict[int, str] = {}  # also of some that have been dropped, for messages
         self.busy_seconds = 0.0
         self.most_waiting = 0  # processes, at one time
 
     def add(self, key: int, variable: Variable) -> None:
         """Add a variable, of which this server has rows."""
         self.variables[key], self.counts[key] = variable, RequestCounts()
+        self._names[key] = variable.name
+
+    def variable(self, key: int) -> Variable:
+        """Return the variable of a key.
+
+        Raises
+        ------
+        ContextError
+            It has been dropped.
+        """
+        found = self.variables.get(key)
+        if found is None:
+            raise ContextError(
+                f"variable {self._names.get(key, key)!r} is gone: the coordinator has no reference "
+                f"to it any more; keep one while calls use it"
+            )
+        return found
 
     def totals(self) -> RequestTotals:
         """Return the counts of all variables together."""
@@ -157,8 +181,8 @@ class ServerObjects:
     def storage(self, key: Any) -> Copies:
         """Return the copies of the variable, or of the slot, of a key."""
         if not isinstance(key, SlotKey):
-            return storage_of(self.variables[key])
-        slots = key.optimizer.slots(self.variables[key.variable])
+            return storage_of(self.variable(key))
+        slots = key.optimizer.slots(self.variable(key.variable))
         return storage_of(slots[key.optimizer.slot_names.index(key.name)])
 
     def slotted(self, optimizer: Optimizer) -> dict[int, int]:
@@ -170,6 +194,11 @@ class ServerObjects:
         """Drop the variable, or the optimizer, of a key that no other process has any more."""
         self.variables.pop(key, None)
         self.counts.pop(key, None)
+        while len(self._names) > len(self.variables) + _MOST_DROPPED_NAMES:
+            oldest = next(iter(self._names))
+            name = self._names.pop(oldest)
+            if oldest in self.variables:
+                self._names[oldest] = name
         self._optimizers.drop(key)
 
     def reference_of(self, value: Any) -> None:
@@ -179,7 +208,7 @@ class ServerObjects:
         """Return what this server has for a reference."""
         kind, *about = reference
         if kind == "variable":
-            return self.variables[about[0][0]]
+            return self.variable(about[0][0])
         if kind == "optimizer":
             return self._optimizers.resolve(*about)
         raise ContextError("a request to a server refers to the strategy, which is not there")

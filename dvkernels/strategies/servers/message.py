@@ -34,11 +34,14 @@ class References(Protocol):
         """Return what this process has for a reference."""
 
 
-def encode(value: Any, references: References, number: int = 0) -> list[memoryview]:
+def encode(
+    value: Any, references: References, number: int = 0, kept: list[Any] | None = None
+) -> list[memoryview]:
     """Return the parts of a message, with a number that can be read alone.
 
     Large arrays are not copied: they must not change meanwhile. Functions and
-    classes of the main program are sent by cloudpickle.
+    classes of the main program are sent by cloudpickle. What is sent by reference is appended to
+    ``kept``.
     """
     buffers: list[memoryview] = []
 
@@ -50,7 +53,7 @@ def encode(value: Any, references: References, number: int = 0) -> list[memoryvi
         return False
 
     content = io.BytesIO()
-    _pickler_class()(content, references, stays_inside).dump(value)
+    _pickler_class()(content, references, stays_inside, kept).dump(value)
     pickled = content.getbuffer()
     sizes = [pickled.nbytes, *(buffer.nbytes for buffer in buffers)]
     head = np.array([number, len(sizes), *sizes], np.int64)
@@ -100,12 +103,18 @@ def _pickler_class() -> Any:
     import cloudpickle  # when it is needed
 
     class ReferencePickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def __init__(self, file: Any, references: References, keep: Any) -> None:
-            super().__init__(file, protocol=5, buffer_callback=keep)
+        def __init__(
+            self, file: Any, references: References, stays_inside: Any, kept: list[Any] | None
+        ) -> None:
+            super().__init__(file, protocol=5, buffer_callback=stays_inside)
             self._references = references
+            self._kept = kept
 
         def persistent_id(self, each: Any) -> Any:
-            return self._references.reference_of(each)
+            reference = self._references.reference_of(each)
+            if reference is not None and self._kept is not None:
+                self._kept.append(each)
+            return reference
 
     return ReferencePickler
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import threading
 import weakref
@@ -13,10 +14,13 @@ import numpy as np
 from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.communicators import registry as communicators
+from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.context import Frame
+from dvkernels.devices import cpu
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import ClusterError, ContextError
+from dvkernels.replicas.step_lock import StepLock
 from dvkernels.strategies.servers import server_loop, worker_loop
 from dvkernels.strategies.servers.client import ServerClient
 from dvkernels.strategies.servers.job_objects import ClientObjects
@@ -61,26 +65,31 @@ class JobProcesses:
                 f"{brief(resolver)}"
             )
         size = found.num_workers
-        if num_servers < 1 or size < num_servers + 2:
-            raise ClusterError(
-                f"ParameterServerStrategy over {size} processes with num_servers={num_servers}: "
-                f"expected at least a coordinator, a worker and a server; leave out "
-                f"cluster_resolver and num_servers for workers that are threads of one process"
-            )
+        if size < 3:
+            raise _too_few(size, num_servers)
         group: Any = communicators.between_workers(found, timeout_seconds)
         self._group = group
         self.rank, self.size = self._group.rank, size
         self.workers = range(1, size - num_servers)
         self.servers = range(size - num_servers, size)
+        # By worker: whose turn it is to use the channel, and the iterators that it has begun.
+        self.turns = {rank: StepLock() for rank in self.workers}
+        self.iterators: dict[int, set[int]] = {rank: set() for rank in self.workers}
+        self._pid = os.getpid()
         self._keys = itertools.count()
         try:
             counts = self._group.exchange(num_servers)
             if len({*counts}) > 1:
                 raise ClusterError(f"num_servers must be the same in all processes; got {counts}")
+            if num_servers < 1 or size < num_servers + 2:
+                raise _too_few(size, num_servers)
             self._channels: list[MessageChannel | None] = group.channels()
         except BaseException:
             self._group.close()
             raise
+        if cpu.usable_cores() <= len(self.workers):  # who polls keeps the awaited one from running
+            for channel in filter(None, self._channels):
+                channel.pace = wait.SHARED_CORE_MESSAGE
         others = [self.channel(rank) for rank in self.servers if rank != self.rank]
         self.client = ServerClient(others, timeout_seconds, is_interruptible=self.rank == 0)
 
@@ -121,7 +130,9 @@ class JobProcesses:
         return dict(zip(self.servers, answers, strict=True))
 
     def close(self) -> None:
-        """Leave the job; the others end when the coordinator does."""
+        """Leave the job; the others end when the coordinator does. In a fork do nothing."""
+        if self._pid != os.getpid():
+            return
         self.client.is_closed = True
         self._group.transport.leave("it has closed its strategy")
         self._group.close()
@@ -151,10 +162,10 @@ class JobProcesses:
             RemoteTable(self.client, key, blocks), shape, dtype, placement, name, aggregation
         )
         self.client.name(key, name, blocks)
-        for block in blocks:
-            nbytes = initial.nbytes * (block.end - block.first) // max(1, shards[-1].stop)
+        loads = [initial.nbytes * (b.end - b.first) // max(1, shards[-1].stop) for b in blocks]
+        for block, nbytes in zip(blocks, loads, strict=True):
             self.client.servers[block.server].nbytes += nbytes
-        weakref.finalize(copies, self.client.drop, key).atexit = False
+        weakref.finalize(copies, self._drop, key, blocks, loads).atexit = False
         asked = [
             (
                 block.server,
@@ -171,6 +182,11 @@ class JobProcesses:
         self.client.ask(f"Variable {name!r}", asked)
         return copies
 
+    def _drop(self, key: int, blocks: list[Block], loads: list[int]) -> None:
+        self.client.drop(key)
+        for block, nbytes in zip(blocks, loads, strict=True):
+            self.client.servers[block.server].nbytes -= nbytes
+
     def _blocks_of(self, shards: Any) -> list[Block]:
         """Deal shards to the servers that have the fewest bytes; neighbours are one block."""
         by_load = sorted(self.servers, key=lambda rank: self.client.servers[rank].nbytes)
@@ -182,3 +198,11 @@ class JobProcesses:
             blocks.append(Block(rank, shards[first].start, shards[end - 1].stop))
             first = end
         return blocks
+
+
+def _too_few(size: int, num_servers: int) -> ClusterError:
+    return ClusterError(
+        f"ParameterServerStrategy over {size} processes with num_servers={num_servers}: "
+        f"expected at least a coordinator, a worker and a server; leave out "
+        f"cluster_resolver and num_servers for workers that are threads of one process"
+    )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.errors import WorkerLostError
+from dvkernels.optimizers.optimizer import check_steps
 from dvkernels.strategies.servers import message
 from dvkernels.strategies.servers.job_objects import ServerObjects
 from dvkernels.user_errors import describe
@@ -50,10 +51,12 @@ def serve(rank: int, channels: Sequence[MessageChannel], placement: Placement) -
     objects = ServerObjects(rank)
 
     def answer_all() -> bool:
-        num_answered = 0
+        num_answered, has_moved = 0, False
         for channel in channels:
+            seen = channel.num_moved
             channel.flush()
             asked = channel.receive()
+            has_moved = has_moved or asked is not None or channel.num_moved != seen
             if asked is not None:
                 began = time.perf_counter()
                 channel.post(_answer(objects, placement, channel.peer, asked))
@@ -61,14 +64,14 @@ def serve(rank: int, channels: Sequence[MessageChannel], placement: Placement) -
                 num_answered += 1
         if num_answered > objects.most_waiting:
             objects.most_waiting = num_answered
-        return num_answered > 0
+        return has_moved
 
     def check(_: float) -> None:
         check_coordinator(channels[0])
 
     try:
         while True:
-            wait.until(answer_all, wait.MESSAGE, math.inf, check)
+            wait.until(answer_all, channels[0].pace, math.inf, check)
     except CoordinatorHasLeft:
         return
 
@@ -80,9 +83,11 @@ def _answer(
     number, error = message.number_of(asked), None
     results: list[Any] = []
     try:
-        dropped, listed = message.decode(asked, objects)
+        dropped, listed, author = message.decode(asked, objects)
         for key in dropped:
             objects.drop(key)
+        if len(listed) > 1:
+            check_steps(request for _, request, *_ in listed)
         for what, request, key, *arguments in listed:
             if request == CREATE:
                 _create(objects, placement, key, *arguments)
@@ -95,7 +100,7 @@ def _answer(
             else:
                 storage = objects.storage(key)
                 if not storage.is_slot:
-                    objects.counts[key].note(peer, what, storage, tuple(arguments))
+                    objects.counts[key].note(author or peer, what, storage, tuple(arguments))
                 results.append(request(storage, *arguments))
     except Exception as raised:
         error = raised

@@ -37,20 +37,21 @@ def work(rank: int, coordinator: MessageChannel, frame: Frame, references: Refer
     ).start()
     came: HostArray | None = None
 
-    def has_come() -> bool:
+    def has_moved() -> bool:
         nonlocal came
+        seen = coordinator.num_moved
         coordinator.flush()
         came = coordinator.receive()
-        return came is not None
+        return came is not None or coordinator.num_moved != seen
 
     def check(_: float) -> None:
         check_coordinator(coordinator)
 
     try:
         while True:
-            wait.until(has_come, wait.MESSAGE, math.inf, check)
-            assert came is not None
-            coordinator.post(_reply(rank, frame, references, came))
+            wait.until(has_moved, coordinator.pace, math.inf, check)
+            if came is not None:
+                coordinator.post(_reply(rank, frame, references, came))
     except CoordinatorHasLeft:
         return
     finally:

@@ -19,7 +19,7 @@ from dvkernels.errors import (
     DeviceError,
     UnsupportedDTypeError,
 )
-from dvkernels.testing import check_strategy
+from dvkernels.testing import check_communicator, check_strategy
 
 pytestmark = pytest.mark.jax
 here = dv.get_replica_context
@@ -29,6 +29,43 @@ here = dv.get_replica_context
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_laws_of_strategies(tpus, x64, count):
     check_strategy(tpus, [count])
+
+
+class ThroughDevices:
+    """Communicator of NumPy arrays, over that of a strategy, whose arrays are JAX's."""
+
+    def __init__(self, strategy, jax):
+        self.size, self._inner = strategy.num_replicas_in_sync, strategy.placement.communicator
+        self._own = jax.devices("cpu")[: self.size]
+        self._put = jax.device_put
+
+    def _placed(self, values):
+        return [self._put(value, device) for value, device in zip(values, self._own, strict=True)]
+
+    def all_reduce(self, values, op, out=None):
+        results = [*map(np.array, self._inner.all_reduce(self._placed(values), op))]
+        for target, result in zip(out or [], results, strict=out is not None):
+            target[...] = result
+        return results if out is None else [*out]
+
+    def reduce(self, values, op):
+        return np.array(self._inner.reduce(self._placed(values), op))
+
+    def reduce_scatter(self, values, op):
+        return [*map(np.array, self._inner.reduce_scatter(self._placed(values), op))]
+
+    def all_gather(self, values, axis):
+        return [*map(np.array, self._inner.all_gather(self._placed(values), axis))]
+
+    def broadcast(self, values, root):
+        return [*map(np.array, self._inner.broadcast(self._placed(values), root))]
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_laws_of_communicators(tpus, jax, x64, count):
+    dtypes = ["float64", "int64"] if x64 else ["float32", "bfloat16", "uint8", "bool", "complex64"]
+    check_communicator(lambda size: ThroughDevices(tpus(size), jax), [count], dtypes=dtypes)
 
 
 @pytest.mark.wide

@@ -100,6 +100,11 @@ class OutOfBandMessages:
         self.poll()
         return [other for other in self._others if other not in self.left]
 
+    @property
+    def has_lost(self) -> bool:
+        """Whether MPI has lost a worker."""
+        return any(rounds is _LOST_ROUNDS for rounds, _ in self.left.values())
+
     def absent(self, channel: int) -> list[int]:
         """Return the workers that have not reported to wait in a channel's round, or a later one.
 

@@ -196,6 +196,11 @@ class MpiTransport(Transport):
     def leave(self, text: str) -> None:
         self._out_of_band.leave(text)
 
+    @property
+    def has_lost(self) -> bool:  # type: ignore[override]
+        """Whether MPI has lost a worker."""
+        return self._out_of_band.has_lost
+
     def remaining_workers(self) -> list[int]:
         return self._out_of_band.remaining()
 

@@ -15,7 +15,7 @@ from dvkernels.kernels.cpu import message_ring
 
 __all__: list[str] = []
 
-_LENGTH_NBYTES = 8  # of the number that precedes a message
+_JOINED_NBYTES = 1 << 16  # of a message that is copied once more, to be one part
 
 
 @final
@@ -40,8 +40,12 @@ class RingChannel(MessageChannel):
 
     def post(self, parts: Sequence[memoryview]) -> None:
         nbytes = sum(part.nbytes for part in parts)
-        self._unsent.append(np.array([nbytes], np.int64).view(np.uint8))
-        self._unsent.extend(np.frombuffer(part, np.uint8) for part in parts if part.nbytes)
+        length = np.array([nbytes], np.int64).tobytes()
+        if nbytes <= _JOINED_NBYTES:
+            self._unsent.append(np.frombuffer(b"".join([length, *parts]), np.uint8))
+        else:
+            self._unsent.append(np.frombuffer(length, np.uint8))
+            self._unsent.extend(np.frombuffer(part, np.uint8) for part in parts if part.nbytes)
         self.flush()
 
     def flush(self) -> bool:
@@ -49,18 +53,26 @@ class RingChannel(MessageChannel):
         while unsent:
             part = unsent[0]
             count = message_ring.put(self._outbox_address, part.ctypes.data, part.nbytes)
+            self.num_moved += count
             if count < part.nbytes:
                 unsent[0] = part[count:]
                 return False
             unsent.popleft()
         return True
 
+    def own_unsent(self) -> None:
+        unsent = self._unsent
+        for k in range(len(unsent)):
+            unsent[k] = unsent[k].copy()
+
     def receive(self) -> HostArray | None:
         while True:
             target = self._target
-            address = target.ctypes.data + self._num_received
+            address = self._address + self._num_received
             missing = target.nbytes - self._num_received
-            self._num_received += message_ring.take(self._inbox_address, address, missing)
+            count = message_ring.take(self._inbox_address, address, missing)
+            self._num_received += count
+            self.num_moved += count
             if self._num_received < target.nbytes:
                 return None
             if self._is_length:
@@ -71,6 +83,7 @@ class RingChannel(MessageChannel):
 
     def _begin(self, target: HostArray, is_length: bool) -> None:
         self._target, self._is_length, self._num_received = target, is_length, 0
+        self._address = target.ctypes.data
 
 
 def channels(

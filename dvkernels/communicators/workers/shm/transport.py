@@ -304,6 +304,12 @@ class SharedMemoryTransport(Transport):
     def leave(self, text: str) -> None:
         self._segment.leave(text)
 
+    @property
+    def has_lost(self) -> bool:  # type: ignore[override]
+        """Whether a worker has ended and not left in order."""
+        segment, workers = self._segment, range(self.size)
+        return any(segment.why_left(w) is None and not segment.is_alive(w) for w in workers)
+
     def remaining_workers(self) -> list[int]:
         segment = self._segment
         others = (worker for worker in range(self.size) if worker != self.rank)
