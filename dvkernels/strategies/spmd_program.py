@@ -138,9 +138,10 @@ class SpmdProgram:
         """Run the program, and rebind the variables that it writes to their new contents."""
         if not self._is_joint:
             return self._regrouped(self._run(given, numbers))
-        with shard_map.losses_of(self._placement.workers):
+        workers = self._placement.workers
+        with shard_map.losses_of(workers):
             if len(self._launched) == _MOST_LAUNCHED:
-                shard_map.await_program([self._launched[0]], self._placement.workers)
+                shard_map.await_program([self._launched[0]], workers)
             *results, done = self._run(given, numbers)
             self._launched.append(done)
         return self._regrouped(results)
