@@ -224,7 +224,7 @@ class Optimizer(OptimizerState):
             return
         writes: PendingWrites = []
         is_here = isinstance(storage_of(variables[0]).server, TableServer)
-        if is_here and len(variables) > 1:
+        if is_here and len(variables) > 1 and callable(self._learning_rate):
             check_steps(functools.partial(self.step_at_server, each) for each in variables)
         for variable, (gradient,) in zip(variables, columns, strict=True):
             copies = storage_of(variable)

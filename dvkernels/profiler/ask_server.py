@@ -111,7 +111,8 @@ class _AskServer:
             self._stacks.close()
         if self.pid == os.getpid():
             for path in self._made:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a program that has become another user
+                    path.unlink()
 
     def _register_stacks(self) -> None:
         """Let the signal write the stacks, unless the program uses that signal itself."""
