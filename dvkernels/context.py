@@ -256,9 +256,12 @@ def require_cross_replica(
             f"each replica works by itself; call {verb} on the results, outside"
         )
     if frame.replica is not None:
+        here = "a compiled step"  # where the id is traced
+        if frame.replica.trace is None:
+            here = f"replica {frame.replica.replica_id_in_sync_group}"
         raise ContextError(
-            f"{verb} needs cross-replica context, and this is replica "
-            f"{frame.replica.replica_id_in_sync_group} of {frame.placement.name}; use the methods "
+            f"{verb} needs cross-replica context, and this is {here} of "
+            f"{frame.placement.name}; use the methods "
             f"of get_replica_context(), or merge_call to run a function once for all replicas"
         )
     raise ContextError(

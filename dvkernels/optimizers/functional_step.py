@@ -113,7 +113,8 @@ def take_traced_step(
     if weight is None:
         reduced = [lowering.all_reduce(array, op) for array in arrays]
     else:
-        reduced = [lowering.weighted_mean(array, weight) for array in arrays]
+        own = trace.weight(weight, gradient_checks.VERB, op)
+        reduced = [lowering.weighted_mean(array, own) for array in arrays]
     names = optimizer.slot_names
     found = slots_of(optimizer, variables)
     states = states_of(variables, found, names)

@@ -151,7 +151,9 @@ class Optimizer(OptimizerState):
             from dvkernels.optimizers import functional_step
 
             given = [(replica.own(gradient), variable) for gradient, variable in checked_pairs]
-            functional_step.take_traced_step(self, replica.trace, given, reduction, weight)
+            functional_step.take_traced_step(
+                self, replica.trace, given, reduction, replica.own(weight)
+            )
             return
         if weight is not None:
             weight = replica_weights.checked(replica.own(weight), gradients.VERB, reduction)

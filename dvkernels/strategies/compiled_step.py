@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, final
@@ -38,8 +39,16 @@ class TraceCounter:
                 f"make strategy.jit(fn) once, before the loop, and pass arrays of the same shapes "
                 f"and dtypes (drop_remainder=True, or InputOptions(pad=True))",
                 RuntimeWarning,
-                stacklevel=7,
+                stacklevel=_level_of_run(),
             )
+
+
+def _level_of_run() -> int:
+    """Return the ``stacklevel`` of the user's line that runs a step, for a frame of the trace."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code is not JitSteps._run_compiled.__code__:
+        level, frame = level + 1, frame.f_back
+    return level + 2  # its caller is ``strategy.run``
 
 
 @final

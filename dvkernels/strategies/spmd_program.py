@@ -20,6 +20,7 @@ import numpy as np
 from dvkernels import context, pytree, user_errors
 from dvkernels.communicators.jax import lowering, shard_map
 from dvkernels.devices.array_spec import spec
+from dvkernels.errors import ContextError
 from dvkernels.kernels import update_rules
 from dvkernels.optimizers import functional_step
 from dvkernels.optimizers.functional_step import StepNumbers
@@ -42,6 +43,11 @@ _NOTE = (
     "jax.lax.cond or jax.numpy.where, or run the function itself, uncompiled: "
     "strategy.run(fn, args)"
 )
+_LEAKED = (
+    "strategy.jit: a value was kept, or a variable written, inside a function that JAX traces by "
+    "itself (jax.jit, grad, cond, scan); return the value from that function, and assign it outside"
+)
+_MOST_PROGRAMS = 64  # of one step: the oldest is compiled anew, should it be needed again
 _MOST_LAUNCHED = 2  # programs of several processes that may run ahead of Python
 
 
@@ -65,11 +71,14 @@ class SpmdProgram:
         self._results: list[Any] = []  # the leaves of the result; a traced one is ``TRACED``
         self._structure: pytree.Structure | None = None
         self._has_run = False
+        self._calls_python = False  # whether it has effects, or callbacks, which can fail
         self._is_joint = placement.workers.size > 1  # a program of several processes
         self._launched: deque[Any] = deque(maxlen=_MOST_LAUNCHED)
         self._known_extras: tuple[Any, Any] = (None, None)
         self._discover()
+        self._given = given._replace(traced=())
         self._compiled = jax.jit(self._spmd(self._body), donate_argnums=(0,))
+        self._undonated = jax.jit(self._spmd(self._body))  # JAX finds NaN by running it again
 
     def _spmd(self, body: Any) -> Any:
         return lowering.spmd(body, self._placement.mesh)
@@ -116,6 +125,8 @@ class SpmdProgram:
         leaves, self._structure = pytree.flatten(self._call(trace, given))
         traced = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
         self._results = [TRACED if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+        if trace.written.keys() != {*map(id, self._written)}:
+            raise ContextError(_LEAKED)
         done = (jnp.zeros(()),) if self._is_joint else ()  # an output that is never donated
         return (*(trace.value_of(copies) for copies in self._written), *traced, *done)
 
@@ -127,9 +138,10 @@ class SpmdProgram:
         """Run the program, and rebind the variables that it writes to their new contents."""
         if not self._is_joint:
             return self._regrouped(self._run(given, numbers))
-        with shard_map.losses_of(self._placement.workers):
+        workers = self._placement.workers
+        with shard_map.losses_of(workers):
             if len(self._launched) == _MOST_LAUNCHED:
-                shard_map.await_program([self._launched[0]], self._placement.workers)
+                shard_map.await_program([self._launched[0]], workers)
             *results, done = self._run(given, numbers)
             self._launched.append(done)
         return self._regrouped(results)
@@ -140,27 +152,59 @@ class SpmdProgram:
         extras = self._extras(numbers.rows)
         if not self._has_run:
             with tracing.span("trace", "compile"):
-                self._compiled.lower(changed, kept, extras, given.traced)
+                traced = self._compiled.trace(changed, kept, extras, given.traced)
+                self._calls_python = bool(traced.jaxpr.effects) or _has_callback(traced.jaxpr)
+                traced.lower()
             if self._is_joint:
                 self._agree(given)
-            # The first call runs Python code of JAX, where an interrupt would lose what it donated.
+        # Python code, of JAX in the first call, may fail or be interrupted: it would lose what it
+        # donated.
+        checks_numbers = jax.config.jax_debug_nans or jax.config.jax_debug_infs
+        runs_python = self._calls_python or checks_numbers
+        if runs_python or not self._has_run:
             changed = tuple(map(jnp.copy, changed))
         boxes = [_Box() for each in self._results if each is TRACED]
         if self._is_joint:
             boxes.append(_Box())
-        call = starmap(self._compiled, [(changed, kept, extras, given.traced)])
+        compiled = self._undonated if checks_numbers else self._compiled
+        call = starmap(compiled, [(changed, kept, extras, given.traced)])
         targets: list[Any] = [*self._written, *boxes]
-        if tracing.active is None:
-            _launch(targets, call)
+        if runs_python:
+            done = shard_map.launch(lambda: [*next(call)])
+            shard_map.await_program(done, self._placement.workers)
+            rebind(targets, done)
+        elif tracing.active is None:
+            self._launch(targets, call)
         else:
             name, category = ("program",) * 2 if self._has_run else ("compile",) * 2
             with tracing.span(name, category):
-                _launch(targets, call)
+                self._launch(targets, call)
                 contents = [target.content for target in targets]
                 shard_map.await_program(contents, self._placement.workers)
+        if runs_python or not self._has_run:
+            for copies in self._written:
+                copies.forget_other_form()
         self._has_run = True
         functional_step.count_steps(self._gradient_uses, numbers.most)
         return [box.content for box in boxes]
+
+    def _launch(self, targets: list[Any], call: Iterator[Sequence[Any]]) -> None:
+        """Call the program and store its results, in one expression that no interrupt enters."""
+        if not targets:
+            shard_map.launch(functools.partial(next, call))
+            return
+        try:
+            shard_map.launch(functools.partial(rebind, targets, chain.from_iterable(call)))
+        except BaseException as error:
+            lost = [copies.name for copies in self._written if copies.replace_deleted()]
+            if lost:
+                user_errors.annotate(
+                    error,
+                    f"strategy.jit: the program failed after it had taken the memory of the "
+                    f"variables {', '.join(map(repr, lost))}: they hold NaN, or 0, until they are "
+                    f"assigned, or restored from a checkpoint",
+                )
+            raise
 
     def _agree(self, given: StepArguments) -> None:
         """Wait until all workers have traced this step, with the same arguments and variables."""
@@ -189,8 +233,6 @@ class SpmdProgram:
         placement, devices = self._placement, self._placement.replica_devices
         arrays = map(shard_map.taken_apart, traced)
         assert self._structure is not None
-        if len(self._results) == 1 and self._results[0] is None:
-            return None
 
         def joined(leaf: Any) -> Any:
             if leaf is None or regroup.is_variable(leaf):
@@ -201,12 +243,16 @@ class SpmdProgram:
         return pytree.unflatten(self._structure, [joined(leaf) for leaf in self._results])
 
 
-def _launch(targets: list[Any], call: Iterator[Sequence[Any]]) -> None:
-    """Call a program and store its results, in one expression that no interrupt enters."""
-    if targets:
-        shard_map.launch(functools.partial(rebind, targets, chain.from_iterable(call)))
-    else:
-        shard_map.launch(functools.partial(next, call))
+def _has_callback(program: Any) -> bool:
+    """Return whether a program, or one inside it, calls Python."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        if "callback" in equation.primitive.name:
+            return True
+        for value in equation.params.values():
+            inner = value if isinstance(value, (list, tuple)) else (value,)
+            if any(hasattr(each, "eqns") and _has_callback(each) for each in inner):
+                return True
+    return False
 
 
 def run(
@@ -219,14 +265,21 @@ def run(
 ) -> Any:
     """Run a compiled step; compile it where no program fits the arguments."""
     given = step_arguments.of(args, kwargs, placement)
-    key = (given.key, strategy.generators.seed, jax.config.jax_enable_x64)
+    config = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+    key = (given.key, strategy.generators.seed, config)
     program = programs.get(key)
     numbers = None if program is None else program.numbers_now()
     if program is None or numbers is None:
-        program = SpmdProgram(step, strategy, placement, given)
-        numbers = program.numbers_now()
-        assert numbers is not None
-        result = program.run(given, numbers)
+        try:
+            program = SpmdProgram(step, strategy, placement, given)
+            numbers = program.numbers_now()
+            assert numbers is not None
+            result = program.run(given, numbers)
+        except jax.errors.UnexpectedTracerError as error:
+            user_errors.annotate(error, _LEAKED)
+            raise
         programs[key] = program
+        if len(programs) > _MOST_PROGRAMS:
+            programs.pop(next(iter(programs)), None)
         return result
     return program.run(given, numbers)

@@ -12,7 +12,7 @@ from dvkernels import pytree, user_errors
 from dvkernels.communicators.jax import shard_map
 from dvkernels.devices import interop, jax_devices
 from dvkernels.devices.array_spec import spec
-from dvkernels.errors import BufferMismatchError
+from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.values import regroup
 from dvkernels.values.distributed import Mirrored, PerReplica
 from dvkernels.values.placement import Placement
@@ -121,8 +121,11 @@ def _placed(values: list[Any], places: list[Any]) -> list[Any]:
 def _is_array(value: Any) -> bool:
     if isinstance(value, jax.Array):
         return True
-    if isinstance(value, np.ndarray):
-        return value.dtype.kind in "biufcV"
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind not in "biufcV":
+        raise NotABufferError(
+            f"run of a compiled step: arrays of {value.dtype} cannot be traced; pass numbers, or "
+            f"run the function itself, uncompiled"
+        )
     return isinstance(value, _HOST) or interop.is_foreign(value)
 
 

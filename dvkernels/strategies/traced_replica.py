@@ -46,6 +46,11 @@ class TracedReplica(ReplicaContext):
         return lowering.replica_id()
 
     @property
+    def rank_in_process(self) -> NoReturn:
+        """Raise: the program is the same for all replicas."""
+        self._refuse("rank_in_process", "use replica_id_in_sync_group")
+
+    @property
     def device(self) -> NoReturn:
         """Raise: the program is the same on all devices."""
         self._refuse("device", "the program runs on all of them; use strategy.worker_devices")
@@ -98,7 +103,7 @@ class TracedReplica(ReplicaContext):
             raise ValueError(
                 f"all_reduce: a weight belongs to MEAN, got op {reduction.name}; drop the weight"
             )
-        own = self.own(weight)
+        own = self.trace.weight(self.own(weight), "all_reduce", reduction)
         return self._map(
             "all_reduce", value, lambda x, _: lowering.weighted_mean(x, own), reduction
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -84,6 +84,13 @@ class Copies:
     def set_server(self, server: Server) -> None:
         """Let a server carry out all reads and writes."""
         self.mode, self.server = SERVED, server
+
+    def forget_other_form(self) -> None:
+        """Do nothing: arrays that are written in place have one form."""
+
+    def on_host(self, read: Callable[[], Any]) -> Any:
+        """Return a value that ``read`` takes of the copies: NumPy's functions take it as it is."""
+        return read()
 
     def set_arrays(self, arrays: Iterable[Array]) -> None:
         """Take new arrays as the copies."""
@@ -243,6 +250,8 @@ def _rebind_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
         for copies, values in writes
     ]
     rebind([copies for copies, _ in writes], contents)
+    for copies, _ in writes:
+        copies.forget_other_form()
 
 
 def rebind(written: Sequence[Copies], contents: Iterable[Any]) -> None:

@@ -8,11 +8,15 @@ a form is made from the other when somebody asks for it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
+from dvkernels import context
 from dvkernels.devices.array_spec import Array
 from dvkernels.profiler import debugging
+from dvkernels.values.distributed import PerReplica
 from dvkernels.variables.copies import Copies
 from dvkernels.variables.modes import traceable
 
@@ -67,6 +71,49 @@ class ImmutableCopies(Copies):
             self._other_form = (content, form)
         return form
 
+    def forget_other_form(self) -> None:
+        """Free the form of a content that has been replaced."""
+        self._other_form = (None, None)
+
+    def replace_deleted(self) -> bool:
+        """Return whether a program took the content and gave no other; fill it with NaN, or 0."""
+        content = self.content
+        if type(content) is tuple or not content.is_deleted() or self.placement.workers.size > 1:
+            return False
+        fill = np.nan if content.dtype.kind not in "biu" else 0
+        new = np.full(content.shape, fill, content.dtype)
+        self.set_arrays([self.memory.new(new, device) for device in self.placement.copy_devices])
+        return True
+
+    def on_host(self, read: Callable[[], Any]) -> Any:
+        """Return a value that ``read`` takes of the copies, in host memory, a traced one as it is.
+
+        A step that another thread runs may delete what has been read: then it is awaited.
+        """
+        try:
+            return self._fetched(read())
+        except RuntimeError as error:
+            frame = context.find()
+            is_inside = frame is not None and (frame.replica is not None or frame.merging)
+            if is_inside or "deleted" not in str(error):
+                raise
+        what = f"read of variable {self.name!r}"
+        return self.placement.step_lock.between_steps(lambda: self._fetched(read()), what)
+
+    def _fetched(self, value: Any) -> Any:
+        from dvkernels.communicators.jax import shard_map
+        from dvkernels.devices import jax_arrays
+
+        workers = self.placement.workers
+        if isinstance(value, PerReplica) and self.placement.num_replicas == 1:
+            value = value.at(0)
+        if isinstance(value, PerReplica) or jax_arrays.is_traced(value):
+            return value
+        if workers.size > 1 and hasattr(value, "is_ready"):
+            with shard_map.losses_of(workers):
+                shard_map.await_program([value], workers)
+        return self.memory.to_host(value)
+
     def _assembled(self, arrays: tuple[Array, ...]) -> Any:
         from dvkernels.communicators.jax import shard_map
 
@@ -94,6 +141,7 @@ class ImmutableCopies(Copies):
             _own_write.acquire()
             arrays = self.arrays
             self.content = (*arrays[:index], new, *arrays[index + 1 :])
+            self._other_form = (None, None)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                 _own_write.release()

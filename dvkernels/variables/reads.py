@@ -199,7 +199,9 @@ class VariableReads:
 
     def _single(self) -> Any:
         """Return the value; for a NONE variable of a single replica, its only copy."""
-        value = self.read_value()
+        copies = self._copies
+        is_of_jax = copies.memory.is_immutable
+        value = copies.on_host(self.read_value) if is_of_jax else self.read_value()
         if isinstance(value, PerReplica) and self._copies.placement.num_replicas == 1:
             return value.at(0)
         return value

@@ -21,6 +21,7 @@ from dvkernels.devices import jax_arrays
 from dvkernels.devices.array_spec import Spec, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.values import replica_weights
 from dvkernels.variables import scatter
 from dvkernels.variables.access import check_aggregation
 from dvkernels.variables.copies import Copies
@@ -91,6 +92,12 @@ class TracedState:
 
     def store(self, copies: Copies, value: Any) -> None:
         """Let a variable have a value in this replica."""
+        if jax_arrays.is_traced(value) and not jax_arrays.are_of_one_trace(value, self._step):
+            raise ContextError(
+                f"variable {copies.name!r} was written inside a function that JAX traces by itself "
+                f"(jax.jit, grad, cond, scan): the value would not leave it; return the value "
+                f"from that function, and assign it outside"
+            )
         self.used[id(copies)] = self.written[id(copies)] = copies
         self._values[id(copies)] = value
 
@@ -116,6 +123,18 @@ class TracedState:
         """Return a value as a traced array."""
         is_traced = jax_arrays.is_traced(value)
         return value if is_traced else lax.optimization_barrier(jnp.asarray(value))
+
+    @staticmethod
+    def weight(value: Any, verb: str, op: Reduction) -> Any:
+        """Return the weight of a replica, one number; a value that is not traced is checked."""
+        if not jax_arrays.is_traced(value):
+            return replica_weights.checked(value, verb, op)
+        if value.size != 1:
+            raise ValueError(
+                f"{verb}: a weight is a finite number of at least 0, got an array of "
+                f"{spec(value)}; sum the weights of the rows"
+            )
+        return value.reshape(())
 
     # -- writes -----------------------------------------------------------------------------------
 
@@ -191,8 +210,7 @@ class TracedState:
                 f"{verb} of variable {copies.name!r} at indices of shape {rows.shape} expected "
                 f"{expected}, or a number, got {spec(array)}"
             )
-        valid = jnp.where(rows < 0, shape[0], rows)  # dropped, as those that are too large
-        return self.array(valid.reshape(-1)), self.array(array).reshape(-1, *shape[1:])
+        return self.array(rows.reshape(-1)), self.array(array).reshape(-1, *shape[1:])
 
 
 def _row_numbers(copies: Copies, verb: str, indices: Any) -> Any:
@@ -205,7 +223,9 @@ def _row_numbers(copies: Copies, verb: str, indices: Any) -> Any:
         raise NotABufferError(
             f"{verb} of variable {copies.name!r}: expected integers as indices, got {spec(rows)}"
         )
-    return rows
+    # Small types cannot count the rows. None is negative, which JAX would take from the end.
+    rows = rows.astype(np.int64 if rows.dtype.itemsize == 8 else np.int32)
+    return jnp.where(rows < 0, copies.arrays[0].shape[0], rows)
 
 
 def _aggregated(copies: Copies, value: Any) -> Any:

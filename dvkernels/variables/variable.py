@@ -189,6 +189,12 @@ class Variable(VariableReads, VariableWrites, DistributedValues[Any]):
     @property
     def values(self) -> tuple[Any, ...]:
         """Read-only views of the copies of this process, in replica order."""
+        frame = context.find()
+        if frame is not None and frame.replica is not None and frame.replica.trace is not None:
+            raise ContextError(
+                f"values of variable {self.name!r} in a step that JAX compiles: they would be "
+                f"constants of the program; use read_value()"
+            )
         return self._copies.views
 
     # -- copying, pickling, printing ------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""Program of each process of a job under jax.distributed: rank, port, folder."""
+"""Program of each process of a job under jax.distributed: rank, port, folder, devices."""
 
 import os
 import signal
 import sys
 import time
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+COUNT = int(sys.argv[4])  # devices of each process
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={COUNT}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 RANK, PORT, FOLDER = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 
@@ -25,10 +26,12 @@ from dvkernels.testing import check_strategy  # noqa: E402
 here = dv.get_replica_context
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{PORT}", num_processes=2, process_id=RANK)
-DEVICES = ["jax:cpu:0", "jax:cpu:1"]
+DEVICES = [f"jax:cpu:{k}" for k in range(COUNT)]
+NUM_REPLICAS = 2 * COUNT
 strategy = dv.TPUStrategy(DEVICES, timeout_seconds=60)
-assert strategy.num_replicas_in_sync == 4
-ids = dv.PerReplica([np.float32(2 * RANK), np.float32(2 * RANK + 1)])
+assert strategy.num_replicas_in_sync == NUM_REPLICAS
+ids = dv.PerReplica([np.float32(COUNT * RANK + k) for k in range(COUNT)])
+SUM_OF_IDS = sum(range(NUM_REPLICAS))
 
 
 def raised(kind, call, *parts):
@@ -43,10 +46,10 @@ def values(result):
 
 
 def conformance():
-    check_strategy(lambda _: dv.TPUStrategy(DEVICES, timeout_seconds=60), replicas=[4])
+    check_strategy(lambda _: dv.TPUStrategy(DEVICES, timeout_seconds=60), replicas=[NUM_REPLICAS])
     with dv.MirroredStrategy(DEVICES) as own:  # stays within its process
         total = own.run(lambda: here().all_reduce("sum", jax.numpy.float32(1 + RANK)))
-        assert [float(value) for value in total.values] == [2 + 2 * RANK] * 2
+        assert [float(value) for value in total.values] == [COUNT * (1 + RANK)] * COUNT
 
 
 def collectives():
@@ -59,7 +62,7 @@ def collectives():
             "mean": here().all_reduce("mean", {"a": own})["a"],
             "gather": here().all_gather(own),
             "part": here().reduce_scatter("sum", own),
-            "root": here().broadcast(own, root=3),
+            "root": here().broadcast(own, root=NUM_REPLICAS - 1),
             "later": here().all_reduce_async("sum", own).wait(),
             "weighted": here().all_reduce("mean", own, weight=x),
         }
@@ -72,11 +75,12 @@ def collectives():
     for key, expected in found[0].items():
         for other in found[1:]:
             assert np.allclose(values(other[key]), values(expected), rtol=1e-6), key
-    assert values(found[2]["sum"]) == [[6.0, 10.0, 14.0, 18.0]] * 2
+    assert values(found[2]["sum"]) == [[SUM_OF_IDS + NUM_REPLICAS * k for k in range(4)]] * COUNT
     uneven = strategy.run(
         lambda: here().all_gather(jax.numpy.full(1 + here().replica_id_in_sync_group, 1.0 + RANK))
     )
-    assert values(uneven) == [[1.0] * 3 + [2.0] * 7] * 2
+    rows = [1.0 + k // COUNT for k in range(NUM_REPLICAS) for _ in range(1 + k)]
+    assert values(uneven) == [rows] * COUNT
 
 
 def training():
@@ -120,7 +124,7 @@ def disagreements():
         lambda: strategy.run(lambda: here().all_reduce("sum" if RANK else "max", ones)),
         "worker 0 called",
     )
-    shape = dv.PerReplica([np.ones(2 + RANK, np.float32)] * 2)
+    shape = dv.PerReplica([np.ones(2 + RANK, np.float32)] * COUNT)
     total = strategy.jit(lambda x: here().all_reduce("sum", x.sum()))
     raised(CollectiveMismatchError, lambda: strategy.run(total, (shape,)), "compiled step")
 
@@ -132,12 +136,14 @@ def disagreements():
     raised(
         (BufferMismatchError, CollectiveMismatchError), lambda: strategy.run(fails), "of worker 1"
     )
-    assert values(strategy.run(total, (ids,))) == [6.0, 6.0]
+    assert values(strategy.run(total, (ids,))) == [SUM_OF_IDS] * COUNT
 
 
 def loss():
     """Worker 1 is killed: worker 0 gets our error, from a compiled step and from then on."""
-    step = strategy.jit(lambda x: here().all_reduce("sum", x))
+    with strategy.scope():
+        total = dv.Variable(0.0, aggregation="sum")
+    step = strategy.jit(lambda x: total.assign_add(x))
     for _ in range(3):
         strategy.run(step, (ids,))
     strategy.placement.workers.barrier()
@@ -149,10 +155,11 @@ def loss():
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             strategy.run(step, (ids,))
+            total.numpy()
 
     raised(WorkerLostError, go_on, "worker")
     raised(WorkerLostError, lambda: strategy.reduce("sum", ids))
-    raised(WorkerLostError, lambda: strategy.run(step, (ids,)))
+    raised(WorkerLostError, go_on)  # from one of the next two steps
 
 
 for part in (conformance, collectives, training, disagreements):

@@ -16,13 +16,14 @@ _JOB = Path(__file__).with_name("jax_job.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs JAX")
-def test_two_processes_are_one_strategy_until_one_is_lost(tmp_path):
+@pytest.mark.parametrize("count", [1, 2])  # with one device XLA runs in the thread that launches
+def test_two_processes_are_one_strategy_until_one_is_lost(tmp_path, count):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     started = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", _JOB, str(rank), port, tmp_path],
+            [sys.executable, "-W", "error", _JOB, str(rank), port, tmp_path, str(count)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -80,9 +80,16 @@ def connect(timeout_seconds: float) -> WorkerGroup:
 
 
 def _client() -> Any:
-    from jax._src import distributed  # there is no public name for it
+    try:
+        from jax._src import distributed  # there is no public name for it
 
-    return distributed.global_state.client
+        return distributed.global_state.client
+    except (ImportError, AttributeError) as error:
+        raise ClusterError(
+            f"JAX {jax.__version__} keeps its coordination service where this version does not "
+            f"look, which was tested with JAX 0.6.1 to 0.10.2: {text_of(error)}; install one of "
+            f"these"
+        ) from error
 
 
 def _leave_at_exit() -> None:

@@ -81,6 +81,13 @@ def broadcast(value: Any, root: int) -> Any:
     """Return the value of one replica."""
     if value.dtype == jnp.bool_:
         return broadcast(value.astype(jnp.uint8), root).astype(jnp.bool_)
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        return lax.complex(broadcast(value.real, root), broadcast(value.imag, root))
+    if jnp.issubdtype(value.dtype, jnp.floating):  # as integers: -0.0 + 0.0 would lose the sign
+        wide = value.astype(reduce_op.working_dtype(np.dtype(value.dtype)))
+        bits = lax.bitcast_convert_type(wide, f"uint{8 * wide.dtype.itemsize}")
+        sent = lax.bitcast_convert_type(broadcast(bits, root), wide.dtype)
+        return sent.astype(value.dtype)
     return lax.psum(jnp.where(lax.axis_index(AXIS) == root, value, jnp.zeros_like(value)), AXIS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
@@ -32,6 +33,7 @@ __all__: list[str] = []
 
 
 _launching = threading.RLock()
+_STATUS = re.compile(r"[A-Z_]{5,}: ")  # how errors of XLA begin, some of which are ValueErrors
 
 
 def launch(program: Callable[[], Any]) -> Any:
@@ -189,10 +191,10 @@ def losses_of(workers: Workers) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if workers.size == 1 or isinstance(error, DvKernelsError):
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(text_of(error)):
             workers.end(
                 WorkerLostError(
                     f"a program of JAX failed on worker {workers.rank} of {workers.size}, most "

@@ -1,0 +1,250 @@
+"""What goes wrong around compiled steps is noticed, and leaves variables and memory whole."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import warnings
+import weakref
+
+import interrupt_points
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels.communicators.jax import coordination_service
+from dvkernels.errors import ClusterError, ContextError, NotABufferError
+from dvkernels.variables.variable import storage_of
+
+pytestmark = pytest.mark.jax
+here = dv.get_replica_context
+ONES = np.ones(3, np.float32)
+
+
+@pytest.fixture
+def strategy(tpus):
+    return tpus(2)
+
+
+@pytest.fixture
+def variable(strategy):
+    with strategy.scope():
+        return dv.Variable(np.zeros(3, np.float32), aggregation="sum")
+
+
+def test_a_variable_shares_no_memory_with_arrays_of_the_user(strategy, variable):
+    """Trap: JAX takes memory of NumPy that is aligned to 64 bytes as it is."""
+    memory = np.zeros(64, np.float32)
+    aligned = memory[-memory.ctypes.data % 64 // 4 :][:3]
+    with strategy.scope():
+        made = dv.Variable(aligned)
+        own = dv.Variable(aligned, synchronization="none")
+    variable.assign(aligned)
+    own.assign(dv.PerReplica([aligned, aligned]))
+    aligned += 1
+    for v in (made, variable, own):
+        assert [copy.tolist() for copy in v.values] == [[0, 0, 0]] * 2
+
+
+def test_values_are_no_constants_of_a_step(strategy, variable):
+    for step in (
+        lambda: variable.values,
+        lambda: strategy.local_results(variable),
+        lambda: variable.at(0),
+    ):
+        with pytest.raises(ContextError, match=r"use read_value\(\)"):
+            strategy.run(strategy.jit(step))
+
+
+def test_a_write_inside_a_function_that_jax_traces_is_refused(strategy, variable, jax):
+    inner = jax.jit(lambda x: (variable.assign(ONES), x)[1])
+    branch = jax.lax.cond
+    step = strategy.jit(inner)
+    for run in (step, step, strategy.jit(inner)):  # JAX keeps the trace of a function
+        with pytest.raises(ContextError, match="assign it outside"):
+            strategy.run(run, (1.0,))
+    with pytest.raises(ContextError, match="assign it outside"):
+        strategy.run(strategy.jit(lambda x: branch(x > 0, lambda: inner(x), lambda: x)), (1.0,))
+    kept = []
+    leaks = strategy.jit(lambda x: (jax.jit(lambda y: kept.append(2 * y))(x), kept[-1])[1])
+    with pytest.raises(jax.errors.UnexpectedTracerError) as caught:
+        strategy.run(leaks, (1.0,))
+    assert "outside" in "".join(caught.value.__notes__)
+    assert variable.numpy().tolist() == [0, 0, 0]
+
+
+def test_a_failure_while_a_program_runs_leaves_variables_as_they_were(strategy, variable, jax):
+    def fails(x):
+        if x < 0:
+            raise ValueError("of the callback")
+        return np.asarray(x)
+
+    def step(x):
+        like = jax.ShapeDtypeStruct((), np.float32)
+        variable.assign_add(ONES * jax.pure_callback(fails, like, x))
+
+    logs = strategy.jit(lambda x: variable.assign_add(ONES * jax.numpy.log(x)))
+    calls = strategy.jit(step)
+    for run in (calls, logs):
+        strategy.run(run, (np.float32(1),))
+    with pytest.raises(Exception, match="of the callback"):
+        strategy.run(calls, (np.float32(-1),))
+    assert variable.numpy().tolist() == [2, 2, 2]
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        strategy.run(logs, (np.float32(-1),))
+    assert variable.numpy().tolist() == [2, 2, 2]
+    strategy.run(calls, (np.float32(1),))
+    assert variable.numpy().tolist() == [4, 4, 4]
+
+
+def test_a_variable_that_a_failed_program_took_is_named_and_can_be_assigned(strategy, variable):
+    step = strategy.jit(lambda: variable.assign_add(ONES))
+    strategy.run(step)
+    (program,) = step._programs.values()
+
+    def fails(changed, *_):
+        for array in changed:
+            array.delete()
+        raise RuntimeError("out of memory")
+
+    program._compiled = fails
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        strategy.run(step)
+    assert variable.name in "".join(caught.value.__notes__)
+    assert np.isnan(variable.numpy()).all()
+    variable.assign(ONES)
+    strategy.run(strategy.jit(lambda: variable.assign_add(ONES)))
+    assert variable.numpy().tolist() == [3, 3, 3]
+
+
+@pytest.mark.wide
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of generators
+def test_interrupts_leave_variables_whole_where_a_program_prints(strategy, variable, jax):
+    def step():
+        jax.debug.print("{}", variable.read_value(), ordered=False)
+        variable.assign_add(ONES)
+
+    compiled = strategy.jit(step)
+    for _ in range(3):
+        strategy.run(compiled)
+    num_struck = at = 0
+    while num_struck < 200:
+        striking = interrupt_points.Striking(at)
+        with contextlib.suppress(KeyboardInterrupt):
+            striking.call(lambda: strategy.run(compiled))
+        num_struck += striking.has_struck
+        at = at + 1 if striking.has_struck else 0
+        assert len({*variable.numpy().tolist()}) == 1
+    before = variable.numpy()
+    strategy.run(compiled)
+    assert (variable.numpy() == before + 2).all()
+
+
+def test_a_weight_is_one_number(strategy, variable):
+    sgd = dv.optimizers.SGD(0.5)
+    steps = (
+        lambda w: here().all_reduce("mean", ONES, weight=w),
+        lambda w: sgd.apply_gradients([(ONES, variable)], weight=w),
+    )
+    for step in steps:
+        with pytest.raises(ValueError, match=r"at least 0, got .*sum the weights of the rows"):
+            strategy.run(strategy.jit(step), (ONES,))
+        for weight in (-1.0, ONES):
+            with pytest.raises(ValueError, match="at least 0, got"):
+                strategy.run(strategy.jit(lambda step=step, weight=weight: step(weight)))
+        strategy.run(strategy.jit(step), (np.float32([2]),))
+    assert variable.numpy().tolist() == [-0.5] * 3
+
+
+@pytest.mark.wide
+def test_reads_of_another_thread_wait_for_the_step(strategy):
+    with strategy.scope():
+        v = dv.Variable(np.zeros(200_000, np.float32), aggregation="sum")
+    step, done = strategy.jit(lambda: v.assign_add(np.ones(200_000, np.float32))), threading.Event()
+    failures = []
+
+    def read():
+        while not done.is_set():
+            try:
+                assert len({*v.numpy()[::50_000].tolist()}) == 1
+            except BaseException as error:
+                failures.append(error)
+                return
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for _ in range(200):
+        strategy.run(step)
+    done.set()
+    thread.join()
+    assert not failures
+
+
+def test_rows_are_numbered_as_in_the_function(strategy):
+    with strategy.scope():
+        table = dv.Variable(np.arange(300, dtype=np.float32), aggregation="only_first_replica")
+    taken = strategy.run(strategy.jit(table.gather_rows), (np.array([-1, 5, 400]),))
+    np.testing.assert_array_equal(taken.values[0], np.float32([np.nan, 5, np.nan]))
+    with strategy.scope():
+        total = dv.Variable(np.zeros(300, np.float32), aggregation="sum")
+    strategy.run(strategy.jit(lambda rows: total.scatter_add(rows, 1.0)), (np.int8([-1, 100]),))
+    assert np.flatnonzero(total.numpy()).tolist() == [100]
+
+
+def test_identities_of_a_replica_are_refused_or_traced(strategy):
+    with pytest.raises(ContextError, match="replica_id_in_sync_group"):
+        strategy.run(strategy.jit(lambda: here().rank_in_process))
+    with pytest.raises(ContextError, match="this is a compiled step of"):
+        strategy.run(strategy.jit(lambda: strategy.reduce("sum", 1.0)))
+
+
+def test_no_content_is_kept_that_nobody_can_read(strategy, variable, jax):
+    step = strategy.jit(lambda x: variable.assign_add(ONES * x.sum()))
+    batch = jax.numpy.ones((7, 11))
+    alive = weakref.ref(batch)
+    strategy.run(step, (batch,))
+    del batch
+    variable.read_value()
+    variable.assign(ONES)
+    gc.collect()
+    assert alive() is None
+    assert not [each for each in jax.live_arrays() if each.shape == (7, 11)]
+    assert storage_of(variable)._other_form == (None, None)
+
+
+def test_arguments_that_cannot_be_traced(strategy):
+    step = strategy.jit(lambda name, x: x)
+    names = np.array(["a", "b"])
+    for given in (names, dv.PerReplica([names, names]), names[0]):
+        with pytest.raises(NotABufferError, match="cannot be traced"):
+            strategy.run(step, (given, 1.0))
+    assert strategy.run(strategy.jit(lambda: (None,))) == (None,)
+    assert strategy.run(strategy.jit(lambda: {"a": None})) == {"a": None}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "complex64"])
+def test_a_broadcast_keeps_the_sign_of_zero(strategy, dtype):
+    minus = -np.zeros(1, dtype)
+    sent = strategy.run(strategy.jit(lambda x: here().broadcast(x)), (minus,))
+    assert [np.asarray(x).tobytes() for x in sent.values] == [minus.tobytes()] * 2
+
+
+@pytest.mark.wide
+def test_the_warning_of_many_traces_names_the_line_of_the_user(strategy):
+    def run_one():
+        strategy.run(strategy.jit(lambda: 2))
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(10):
+            run_one()
+    assert [each.filename for each in seen if "traced 10" in str(each.message)] == [__file__]
+
+
+def test_a_jax_without_the_service_is_named(jax, monkeypatch):
+    from jax._src import distributed
+
+    monkeypatch.delattr(distributed, "global_state")
+    with pytest.raises(ClusterError, match=f"JAX {jax.__version__}.*tested"):
+        coordination_service._client()
