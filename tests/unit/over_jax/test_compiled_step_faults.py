@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.communicators.jax import coordination_service
 from dvkernels.errors import ClusterError, ContextError, NotABufferError
 from dvkernels.variables.variable import storage_of
 
@@ -223,6 +222,18 @@ def test_arguments_that_cannot_be_traced(strategy):
     assert strategy.run(strategy.jit(lambda: {"a": None})) == {"a": None}
 
 
+@pytest.mark.wide
+def test_programs_of_a_step_are_bounded(strategy, monkeypatch):
+    from dvkernels.strategies import spmd_program
+
+    monkeypatch.setattr(spmd_program, "_MOST_PROGRAMS", 2)
+    step = strategy.jit(lambda name: 1)
+    for name in ("a", "b", "c", "c", "a"):
+        strategy.run(step, (name,))
+    assert step.traces == 4
+    assert len(step._programs) == 2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "complex64"])
 def test_a_broadcast_keeps_the_sign_of_zero(strategy, dtype):
     minus = -np.zeros(1, dtype)
@@ -244,6 +255,8 @@ def test_the_warning_of_many_traces_names_the_line_of_the_user(strategy):
 
 def test_a_jax_without_the_service_is_named(jax, monkeypatch):
     from jax._src import distributed
+
+    from dvkernels.communicators.jax import coordination_service
 
     monkeypatch.delattr(distributed, "global_state")
     with pytest.raises(ClusterError, match=f"JAX {jax.__version__}.*tested"):
