@@ -67,7 +67,7 @@ def make():
         (CLEAN, set()),
         (KEEPS_A_LOCK, {"hangs"}),
         (MARKS_AND_STARTS, {"breaks its law"}),
-        (ENDS_NEVER, {"hangs at its end"}),
+        pytest.param(ENDS_NEVER, {"hangs at its end"}, marks=pytest.mark.wide),
         (SWALLOWS, {"loses the interrupt"}),
     ],
 )

@@ -184,7 +184,7 @@ def test_each_worker_writes_a_shard_and_the_chief_removes_old_checkpoints(tmp_pa
 
 
 # Each file operation in turn fails once, on the worker that happens to do it.
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.wide)])
 def test_a_failure_of_one_worker_fails_on_all(tmp_path, background):
     done(each_worker([1, 1, 1], saving(1, tmp_path)))
     number, named = 1, set()

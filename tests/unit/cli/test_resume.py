@@ -54,6 +54,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(tmp_path, whole):
         assert resumed[key] == whole[key]
 
 
+@pytest.mark.wide
 def test_a_preempted_run_resumes_on_another_number_of_replicas(tmp_path, whole):
     options = ["--checkpoint-dir", str(tmp_path), "--checkpoint-every", "1"]
     with subprocess.Popen(

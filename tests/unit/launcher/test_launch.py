@@ -317,7 +317,7 @@ def test_a_signal_ends_a_program_without_handlers(start, script, sent):
 
 
 @pytest.mark.parametrize(
-    "how", daily(["timeout", "interrupt", "interrupt twice"], "timeout", "interrupt twice")
+    "how", daily(["timeout", "interrupt", "interrupt twice"], "interrupt twice")
 )
 def test_workers_that_ignore_signals_are_killed_with_all_they_started(start, script, how):
     options = {
