@@ -200,7 +200,7 @@ def test_identities_of_a_replica_are_refused_or_traced(strategy):
 
 def test_no_content_is_kept_that_nobody_can_read(strategy, variable, jax):
     step = strategy.jit(lambda x: variable.assign_add(ONES * x.sum()))
-    batch = jax.numpy.ones((7, 11))
+    batch = jax.numpy.ones((7, 11), np.float32)
     alive = weakref.ref(batch)
     strategy.run(step, (batch,))
     del batch
