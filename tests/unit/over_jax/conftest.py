@@ -17,6 +17,18 @@ def x64(jax, request):
     jax.config.update("jax_enable_x64", False)
 
 
+@pytest.fixture(autouse=True)
+def narrow(jax, request):
+    """Turn numbers of 64 bits off, which tests of other folders turn on."""
+    if "x64" in request.fixturenames:
+        yield
+        return
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
 @pytest.fixture
 def tpus(jax):
     """Return a function that makes a strategy of so many CPU devices of JAX."""
