@@ -69,8 +69,7 @@ def _prepare(views, recipe_address, job_address, num_sources, segment_nbytes):  
                 return _DECLINED  # two arrays overlap
     moved = (num_sources + num_targets) * nbytes
     recipe.cut(job, constants, length, count, moved)
-    if has_targets and moved >= STREAMED_NBYTES:
-        job.in_memory = 2
+    job.in_memory = 2 if has_targets and moved >= STREAMED_NBYTES else 0
     item.length = length
     is_ring = segment_nbytes > 0
     job.num_rows = job.num_parts = count if is_ring else 1

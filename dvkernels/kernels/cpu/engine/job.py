@@ -19,7 +19,6 @@ from dvkernels.kernels.cpu.engine.job_layout import (
     ITEM_WORDS,
     MOST_QUEUES,
     PIECE_NBYTES,
-    PREFETCHED_NBYTES,
     ROW_WORDS,
     STREAMED_NBYTES,
     JobHeader,
@@ -140,9 +139,8 @@ def _in_memory(moved: int, program: Program) -> int:
     # new results (4 replicas of 64 MiB) a broadcast reached 0.59 of the memory bandwidth and an
     # all-reduce with out 0.66; with streaming stores 0.77 and 0.86 (medians of 9, 2 cores of an
     # AMD EPYC, 2026-11).
-    if program.first_write == program.num_reads:
-        return 2 * (moved >= STREAMED_NBYTES)
-    return int(moved >= PREFETCHED_NBYTES)
+    is_new = program.first_write == program.num_reads
+    return 2 * (is_new and moved >= STREAMED_NBYTES)
 
 
 def _lay_out(
