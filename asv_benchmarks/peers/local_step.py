@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import threadpoolctl
+from programs import network
 
 import dvkernels as dv
 
@@ -125,21 +126,8 @@ def _weights(hidden: int) -> Arrays:
 
 def _step(x: Any, y: Any, weights: Arrays, combine: Callable[[Arrays], Any]) -> None:
     """Forward, backward, combination of the gradients, update: about twenty calls of NumPy."""
-    first, first_bias, second, second_bias = weights
-    hidden = x @ first
-    hidden += first_bias
-    np.maximum(hidden, 0, out=hidden)
-    slopes = hidden @ second
-    slopes += second_bias
-    slopes -= slopes.max(axis=1, keepdims=True)
-    np.exp(slopes, out=slopes)
-    slopes /= slopes.sum(axis=1, keepdims=True)
-    slopes[np.arange(len(y)), y] -= 1
-    slopes /= np.float32(len(y))
-    below = slopes @ second.T
-    below *= hidden > 0
-    gradients = [x.T @ below, below.sum(axis=0), hidden.T @ slopes, slopes.sum(axis=0)]
-    for weight, gradient in zip(weights, combine(gradients), strict=True):
+    gradients = combine(network.gradients(x, y, weights))
+    for weight, gradient in zip(weights, gradients, strict=True):
         weight -= _RATE * gradient
 
 

@@ -206,11 +206,10 @@ def _answer(watch_seconds: float, last: int) -> dict[str, Any]:
 class _Watcher:
     """Observer that keeps the last collectives."""
 
+    before = None  # a call that has not ended is seen in its replica
+
     def __init__(self, last: int) -> None:
         self.ended: collections.deque[CollectiveEvent] = collections.deque(maxlen=max(1, last))
-
-    def before(self, event: CollectiveEvent) -> None:
-        """Do nothing: a call that has not ended is seen in its replica."""
 
     def after(self, event: CollectiveEvent) -> None:
         """Keep the event."""

@@ -19,6 +19,7 @@ from dvkernels.kernels.cpu.engine.job_layout import (
     HEADER_WORDS,
     ITEM_WORDS,
     MOST_QUEUES,
+    PREFETCHED_NBYTES,
     ROW_WORDS,
     Item,
     Row,
@@ -104,6 +105,7 @@ def _fill(groups, recipe_address, job_address, num_entries, constants, counters)
         total += item.length
     moved = total * facts.itemsize * (2 * width - num_read_only)
     recipe.cut(job, facts, total, num_entries, moved)
+    job.in_memory = np.int64(moved >= PREFETCHED_NBYTES)
     num_pieces = np.int64(0)
     for k in range(count):
         item = job_layout.item_at(job.items, k)

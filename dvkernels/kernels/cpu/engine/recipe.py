@@ -15,7 +15,6 @@ from dvkernels.kernels.cpu.engine import array_structs, loops, records, thread_p
 from dvkernels.kernels.cpu.engine.job_layout import (
     MOST_QUEUES,
     PIECE_NBYTES,
-    PREFETCHED_NBYTES,
 )
 from dvkernels.reduce_op import ReduceOp, Reduction
 
@@ -81,7 +80,8 @@ def new(runner: int, dtype: np.dtype[Any], factor: int = 1, is_mean: bool = Fals
 def cut(job, recipe, length, num_arrays, moved):  # type: ignore[no-untyped-def]
     """Cut a job that moves so many bytes into pieces, and into queues if threads share it.
 
-    ``length`` counts the elements of all items; the job's counters are left alone.
+    ``length`` counts the elements of all items; the job's counters, and where its
+    data lies, are left alone.
     """
     job.piece_length = max(length, 1)
     job.num_queues = 1
@@ -89,6 +89,5 @@ def cut(job, recipe, length, num_arrays, moved):  # type: ignore[no-untyped-def]
         target_nbytes = max(4096, min(PIECE_NBYTES // num_arrays, length * recipe.itemsize // 4))
         job.piece_length = (target_nbytes & -128) // recipe.itemsize
         job.num_queues = min(recipe.num_threads, MOST_QUEUES)
-    job.in_memory = np.int64(moved >= PREFETCHED_NBYTES)
     job.num_arrays = num_arrays
     job.runner = recipe.runner
