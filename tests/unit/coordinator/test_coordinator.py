@@ -25,17 +25,6 @@ SECONDS = 30
 
 
 @pytest.fixture
-def strategy():
-    with dv.ParameterServerStrategy(num_workers=2) as made:
-        yield made
-
-
-@pytest.fixture
-def coordinator(strategy):
-    return dv.ClusterCoordinator(strategy)
-
-
-@pytest.fixture
 def blocked(coordinator):
     """Calls that occupy both workers until the event is set."""
     event, begun = threading.Event(), [threading.Event() for _ in range(2)]

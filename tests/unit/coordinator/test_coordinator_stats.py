@@ -15,20 +15,9 @@ SECONDS = 30
 
 
 @pytest.fixture
-def strategy():
-    with dv.ParameterServerStrategy(num_workers=2) as made:
-        yield made
-
-
-@pytest.fixture
 def table(strategy):
     with strategy.scope():
         return dv.Variable(np.zeros((10, 2)), name="table")
-
-
-@pytest.fixture
-def coordinator(strategy):
-    return dv.ClusterCoordinator(strategy)
 
 
 def requests_of(coordinator):
