@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,6 +164,21 @@ class Striking:
         finally:
             sys.setprofile(None)
             gc.enable()
+
+
+def strike_in_turn(act: Callable[[], object], number: int) -> Iterator[None]:
+    """Call ``act`` with an interrupt at each of its points in turn; yield after each call.
+
+    All points, and then again, until so many interrupts have struck.
+    """
+    num_struck = at = 0
+    while num_struck < number:
+        striking = Striking(at)
+        with contextlib.suppress(KeyboardInterrupt):
+            striking.call(act)
+        num_struck += striking.has_struck
+        at = at + 1 if striking.has_struck else 0
+        yield
 
 
 def serve(make: Callable[[], Any], asked: dict[str, Any]) -> None:

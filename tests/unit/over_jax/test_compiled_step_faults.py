@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import threading
 import warnings
@@ -127,13 +126,7 @@ def test_interrupts_leave_variables_whole_where_a_program_prints(strategy, varia
     compiled = strategy.jit(step)
     for _ in range(3):
         strategy.run(compiled)
-    num_struck = at = 0
-    while num_struck < 200:
-        striking = interrupt_points.Striking(at)
-        with contextlib.suppress(KeyboardInterrupt):
-            striking.call(lambda: strategy.run(compiled))
-        num_struck += striking.has_struck
-        at = at + 1 if striking.has_struck else 0
+    for _ in interrupt_points.strike_in_turn(lambda: strategy.run(compiled), 200):
         assert len({*variable.numpy().tolist()}) == 1
     before = variable.numpy()
     strategy.run(compiled)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 
 import interrupt_points
@@ -194,13 +193,7 @@ def test_interrupts_leave_variables_whole(strategy, variable):
     compiled = strategy.jit(step)
     for _ in range(3):
         strategy.run(compiled)
-    num_struck = at = 0
-    while num_struck < 200:
-        striking = interrupt_points.Striking(at)
-        with contextlib.suppress(KeyboardInterrupt):
-            striking.call(lambda: strategy.run(compiled))
-        num_struck += striking.has_struck
-        at = at + 1 if striking.has_struck else 0  # all points, and then again
+    for _ in interrupt_points.strike_in_turn(lambda: strategy.run(compiled), 200):
         assert variable.numpy().tolist() == other.numpy().tolist()
         assert len({*variable.numpy().tolist()}) == 1
     before = variable.numpy()
