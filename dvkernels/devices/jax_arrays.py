@@ -22,6 +22,8 @@ from dvkernels.errors import BufferMismatchError
 
 __all__: list[str] = []
 
+_ALIGNMENT = 64  # bytes
+
 
 class _Operand(np.lib.mixins.NDArrayOperatorsMixin):
     """Operand of NumPy's functions that stands for an array of JAX.
@@ -79,10 +81,24 @@ def _bare(value: Any) -> Any:
     return value
 
 
+def unshared(content: Any) -> Any:
+    """Return a copy of an array of NumPy, and any other content as it is.
+
+    JAX takes memory of NumPy as it is if it is aligned, whatever it is told, and reads other memory
+    when it comes to it, both while its owner may write it again. So it gets memory that nobody else
+    has; aligned, so that there is no second copy.
+    """
+    if not isinstance(content, np.ndarray):
+        return content
+    memory = np.empty(content.nbytes + _ALIGNMENT, np.uint8)
+    begin = -memory.__array_interface__["data"][0] % _ALIGNMENT
+    copy = memory[begin : begin + content.nbytes].view(content.dtype).reshape(content.shape)
+    copy[...] = content
+    return copy
+
+
 def _copied_to(content: Any, device: Any) -> Any:
-    """Return a copy; JAX itself takes aligned memory of NumPy as it is, whatever it is told."""
-    own = np.array(content) if isinstance(content, np.ndarray) else content
-    return jax.device_put(own, device, may_alias=False)
+    return jax.device_put(unshared(content), device, may_alias=False)
 
 
 def is_traced(array: object) -> bool:
@@ -116,20 +132,24 @@ class _JaxMemory:
         if interop.is_of_jax(result):
             return result
         return (
-            jnp.asarray(result) if interop.is_of_jax(original) else interop.like(result, original)
+            jnp.asarray(unshared(result))
+            if interop.is_of_jax(original)
+            else interop.like(result, original)
         )
 
     def new(self, content: Any, device: Device) -> Any:
         return _copied_to(content, jax_devices.own(device))
 
     def on(self, array: Any, device: Device) -> Any:
-        return array if is_traced(array) else jax.device_put(array, jax_devices.own(device))
+        return (
+            array if is_traced(array) else jax.device_put(unshared(array), jax_devices.own(device))
+        )
 
     def to_device_of(self, array: Any, other: Any) -> Any:
         if is_traced(array) or isinstance(other, np.ndarray) or is_traced(other):
             return array
         (device,) = other.devices()
-        return jax.device_put(array, device)
+        return jax.device_put(unshared(array), device)
 
     def copy_to_device_of(self, array: Any, other: Any) -> Any:
         if isinstance(other, np.ndarray):

@@ -10,7 +10,7 @@ import numpy as np
 
 from dvkernels import pytree, user_errors
 from dvkernels.communicators.jax import shard_map
-from dvkernels.devices import interop, jax_devices
+from dvkernels.devices import interop, jax_arrays, jax_devices
 from dvkernels.devices.array_spec import spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.values import regroup
@@ -112,7 +112,8 @@ def _placed(values: list[Any], places: list[Any]) -> list[Any]:
             values[k] = interop.view("run of a compiled step", value, "an argument")
         moved.append(k)
     if moved:
-        new = jax.device_put([values[k] for k in moved], [places[k] for k in moved])
+        own = [jax_arrays.unshared(values[k]) for k in moved]
+        new = jax.device_put(own, [places[k] for k in moved])
         for k, array in zip(moved, new, strict=True):
             values[k] = array
     return values

@@ -10,7 +10,7 @@ import numpy as np
 
 from dvkernels import pytree, reduce_op
 from dvkernels.communicators.jax import lowering
-from dvkernels.devices import interop, jax_keys
+from dvkernels.devices import interop, jax_arrays, jax_keys
 from dvkernels.errors import BufferMismatchError, ContextError
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replica_context import ReplicaContext
@@ -177,7 +177,7 @@ class TracedReplica(ReplicaContext):
             if op is not None:
                 kept = self.placement.memory.kept_dtype(np.dtype(array.dtype))
                 reduce_op.check_dtype(verb, op, kept)
-            return collective(jnp.asarray(array), op)
+            return collective(jnp.asarray(jax_arrays.unshared(array)), op)
 
         leaves, structure = pytree.flatten(value)
         return pytree.unflatten(structure, [reduced(leaf) for leaf in leaves])

@@ -122,7 +122,11 @@ class TracedState:
     def array(value: Any) -> Any:
         """Return a value as a traced array."""
         is_traced = jax_arrays.is_traced(value)
-        return value if is_traced else lax.optimization_barrier(jnp.asarray(value))
+        return (
+            value
+            if is_traced
+            else lax.optimization_barrier(jnp.asarray(jax_arrays.unshared(value)))
+        )
 
     @staticmethod
     def weight(value: Any, verb: str, op: Reduction) -> Any:
@@ -214,7 +218,7 @@ class TracedState:
 
 
 def _row_numbers(copies: Copies, verb: str, indices: Any) -> Any:
-    rows = jnp.asarray(indices)
+    rows = jnp.asarray(jax_arrays.unshared(indices))
     if copies.arrays[0].ndim == 0:
         raise BufferMismatchError(
             f"{verb} of variable {copies.name!r}: a 0-d variable has no rows; use the whole value"

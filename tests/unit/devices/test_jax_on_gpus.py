@@ -65,6 +65,8 @@ def test_an_array_is_awaited_and_described(jax, dtype, shape):
 
 
 def test_a_layout_in_columns_gives_strides(jax):
+    if jax.__version_info__ < (0, 7):
+        pytest.skip("JAX before 0.7 names layouts otherwise")
     from jax.experimental.layout import Format, Layout
 
     rows = jax.numpy.arange(24.0, dtype="float32").reshape(2, 3, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import warnings
@@ -31,18 +32,69 @@ def variable(strategy):
         return dv.Variable(np.zeros(3, np.float32), aggregation="sum")
 
 
-def test_a_variable_shares_no_memory_with_arrays_of_the_user(strategy, variable):
-    """Trap: JAX takes memory of NumPy that is aligned to 64 bytes as it is."""
-    memory = np.zeros(64, np.float32)
-    aligned = memory[-memory.ctypes.data % 64 // 4 :][:3]
+def _aligned(content):
+    """Return an array that JAX would take as it is: its memory is aligned to 64 bytes."""
+    memory = np.zeros(content.nbytes + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    aligned = memory[begin : begin + content.nbytes].view(content.dtype).reshape(content.shape)
+    aligned[...] = content
+    return aligned
+
+
+_DESCENT = dv.optimizers.SGD(1.0)
+_WRITES = {
+    "assign": lambda v, a: v.assign(a),
+    "assign_add": lambda v, a: v.assign_add(a),
+    "scatter": lambda v, a: v.scatter_update(np.arange(len(a)), a),
+    "gradient": lambda v, a: _DESCENT.apply_gradients([(a, v)]),
+    "result": lambda v, a: v.assign(here().all_reduce("mean", a)),
+}
+
+
+@pytest.mark.parametrize("place", ["eager", "jit", "strategy"])
+@pytest.mark.parametrize("how", _WRITES)
+def test_no_memory_is_shared_with_arrays_of_the_user(strategy, how, place):
+    """Trap: JAX takes aligned memory of NumPy as it is, and reads other memory later."""
+    if place == "strategy" and how in ("gradient", "result"):
+        pytest.skip("of replicas only")
+    busy = strategy.jit(lambda x: x @ x @ x @ x)
+    for length in (3, 70_000):
+        given = _aligned(np.ones(length, np.float32))
+        with strategy.scope():
+            v = dv.Variable(np.zeros_like(given), aggregation="only_first_replica")
+        strategy.run(busy, (np.eye(300, dtype=np.float32),))
+        step = functools.partial(_WRITES[how], v)
+        if place == "strategy":
+            step(given)
+        else:
+            strategy.run(strategy.jit(step) if place == "jit" else step, (given,))
+        given += 1
+        expected = {-1.0 if how == "gradient" else 1.0}
+        assert [{*np.asarray(copy).tolist()} for copy in v.values] == [expected] * 2
+
+
+def test_no_copy_of_its_own_is_shared_either(strategy):
+    given = _aligned(ONES)
     with strategy.scope():
-        made = dv.Variable(aligned)
-        own = dv.Variable(aligned, synchronization="none")
-    variable.assign(aligned)
-    own.assign(dv.PerReplica([aligned, aligned]))
-    aligned += 1
-    for v in (made, variable, own):
-        assert [copy.tolist() for copy in v.values] == [[0, 0, 0]] * 2
+        v = dv.Variable(given, synchronization="none")
+    for write in (
+        lambda: v.assign(dv.PerReplica([given, given])),
+        lambda: strategy.run(v.assign, (given,)),
+        lambda: strategy.run(strategy.jit(v.assign), (given,)),
+    ):
+        given[:] = 1
+        write()
+        given[:] = 2
+        assert [copy.tolist() for copy in v.values] == [[1, 1, 1]] * 2
+
+
+def test_a_constant_of_a_step_stays_as_it_was(strategy, variable):
+    given = _aligned(ONES)
+    step = strategy.jit(lambda: variable.assign(given))  # the sum of two replicas
+    for _ in range(2):
+        strategy.run(step)
+        given += 1
+        assert variable.numpy().tolist() == [2, 2, 2]
 
 
 def test_values_are_no_constants_of_a_step(strategy, variable):
@@ -72,7 +124,10 @@ def test_a_write_inside_a_function_that_jax_traces_is_refused(strategy, variable
     assert variable.numpy().tolist() == [0, 0, 0]
 
 
-def test_a_failure_while_a_program_runs_leaves_variables_as_they_were(strategy, variable, jax):
+def test_a_callback_that_raises_leaves_variables_as_they_were(strategy, variable, jax):
+    if jax.__version_info__ < (0, 6, 2):
+        pytest.skip("in JAX 0.6.1 every program fails after one has failed, also without us")
+
     def fails(x):
         if x < 0:
             raise ValueError("of the callback")
@@ -82,18 +137,23 @@ def test_a_failure_while_a_program_runs_leaves_variables_as_they_were(strategy, 
         like = jax.ShapeDtypeStruct((), np.float32)
         variable.assign_add(ONES * jax.pure_callback(fails, like, x))
 
-    logs = strategy.jit(lambda x: variable.assign_add(ONES * jax.numpy.log(x)))
     calls = strategy.jit(step)
-    for run in (calls, logs):
-        strategy.run(run, (np.float32(1),))
+    strategy.run(calls, (np.float32(1),))
     with pytest.raises(Exception, match="of the callback"):
         strategy.run(calls, (np.float32(-1),))
     assert variable.numpy().tolist() == [2, 2, 2]
-    with jax.debug_nans(True), pytest.raises(FloatingPointError):
-        strategy.run(logs, (np.float32(-1),))
-    assert variable.numpy().tolist() == [2, 2, 2]
     strategy.run(calls, (np.float32(1),))
     assert variable.numpy().tolist() == [4, 4, 4]
+
+
+def test_a_nan_that_jax_looks_for_leaves_variables_as_they_were(strategy, variable, jax):
+    step = strategy.jit(lambda x: variable.assign_add(ONES * jax.numpy.log(x)))
+    strategy.run(step, (np.float32(1),))
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        strategy.run(step, (np.float32(-1),))
+    assert variable.numpy().tolist() == [0, 0, 0]
+    strategy.run(step, (np.float32(np.e),))
+    assert variable.numpy().tolist() == [2, 2, 2]
 
 
 def test_a_variable_that_a_failed_program_took_is_named_and_can_be_assigned(strategy, variable):
