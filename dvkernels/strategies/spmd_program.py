@@ -141,9 +141,8 @@ class SpmdProgram:
         workers = self._placement.workers
         with shard_map.losses_of(workers):
             if len(self._launched) == _MOST_LAUNCHED:
-                shard_map.await_program([self._launched[0]], workers)
-            *results, done = self._run(given, numbers)
-            self._launched.append(done)
+                shard_map.await_program(self._launched[0][:1], workers)
+            results = self._run(given, numbers)
         return self._regrouped(results)
 
     def _run(self, given: StepArguments, numbers: StepNumbers) -> Sequence[Any]:
@@ -186,7 +185,12 @@ class SpmdProgram:
                 copies.forget_other_form()
         self._has_run = True
         functional_step.count_steps(self._gradient_uses, numbers.most)
-        return [box.content for box in boxes]
+        results = [box.content for box in boxes]
+        if self._is_joint:
+            # JAX 0.6.1 waits, where nobody could end it, when an array is freed that a program has
+            # yet to take: so the donated ones are kept until the program has ended.
+            self._launched.append((results.pop(), changed))
+        return results
 
     def _launch(self, targets: list[Any], call: Iterator[Sequence[Any]]) -> None:
         """Call the program and store its results, in one expression that no interrupt enters."""
