@@ -43,10 +43,10 @@ def test_a_helper_recovers_from_a_lost_wake_up(monkeypatch) -> None:
     monkeypatch.setattr(thread_pool, "_pool", thread_pool.ThreadPool())
     thread_pool.wake()
     lone, address = thread_pool._pool, thread_pool._pool.address
-    while not lone.words[8]:  # it sleeps
+    while not lone.words[thread_pool._NUM_ASLEEP]:  # it sleeps
         pass
     assert thread_pool._mark_awake(address, 0)  # an interrupt came before the release of its lock
-    while not lone.words[8]:  # it has woken by its timeout, and sleeps again
+    while not lone.words[thread_pool._NUM_ASLEEP]:  # it has woken by its timeout, and sleeps again
         pass
     thread_pool.wake()
 

@@ -79,7 +79,7 @@ def read_addresses(list_address, recipe, table, num_read_only):  # type: ignore[
         for axis in range(num_dims):
             if intrinsics.load(array.dims, axis) != intrinsics.load(dims, axis):
                 return np.int64(-1)
-        intrinsics.store(table, k, array.data)
+        intrinsics.set_word(table, k, array.data)
     length = recipe.factor
     for axis in range(num_dims):
         length *= intrinsics.load(dims, axis)

@@ -7,7 +7,7 @@ later calls.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import types
 
@@ -18,6 +18,7 @@ from dvkernels.kernels.cpu.engine import (
     intrinsics,
     job_layout,
     recipe,
+    records,
     thread_pool,
 )
 from dvkernels.kernels.cpu.engine.job_layout import (
@@ -41,6 +42,20 @@ _SHORT_NBYTES = 256 * 1024
 _DECLINED, _DONE = -1, -2
 
 
+class _Fill(NamedTuple):
+    """What a job was filled for: a call that is alike writes no line that helpers have read."""
+
+    recipe: int
+    count: int
+    num_sources: int
+    length: int
+    segment_nbytes: int
+
+
+_fill_at = records.view(records.layout(_Fill))
+_FILL_OFFSET = (1 + MOST_QUEUES) * records.LINE_NBYTES  # behind the counters
+
+
 @jit.njit("int64(int64, int64, int64, int64, int64)")
 def _prepare(views, recipe_address, job_address, num_sources, segment_nbytes):  # type: ignore[no-untyped-def]
     """Fill the job that reduces the first arrays of a list, and run it if it is short.
@@ -56,8 +71,8 @@ def _prepare(views, recipe_address, job_address, num_sources, segment_nbytes):  
     num_targets = count - num_sources if has_targets else count
     num_read_only = num_sources if has_targets else 0
     job, constants = job_layout.job_at(job_address), recipe.recipe_at(recipe_address)
-    item = job_layout.item_at(job.items, 0)
-    table = item.table
+    fill = _fill_at(job.counters + _FILL_OFFSET)
+    table = job_layout.item_at(job.items, 0).table
     length = array_structs.read_addresses(views, constants, table, num_read_only)
     if length < 0:
         return _DECLINED
@@ -68,25 +83,35 @@ def _prepare(views, recipe_address, job_address, num_sources, segment_nbytes):  
             if abs(start - intrinsics.load(table, other)) < nbytes:
                 return _DECLINED  # two arrays overlap
     moved = (num_sources + num_targets) * nbytes
-    recipe.cut(job, constants, length, count, moved)
-    job.in_memory = 2 if has_targets and moved >= STREAMED_NBYTES else 0
-    item.length = length
     is_ring = segment_nbytes > 0
-    job.num_rows = job.num_parts = count if is_ring else 1
     if is_ring:
-        job.piece_length = segment_nbytes // constants.itemsize
-        job.num_arrays = 2 * count - 1
         for k in range(count - 1):  # row k starts at rank k: see ring.py
-            intrinsics.store(table, count + k, intrinsics.load(table, k))
-    for k in range(job.num_rows):
-        row = job_layout.row_at(job.rows, k)
-        row.part = k if is_ring else -1
-        row.first_source = k
-        row.num_sources = num_sources
-        row.first_target = k + num_read_only
-        row.num_targets = num_targets
-        row.divisor = num_sources if constants.is_mean else 1
-    job.num_pieces = -(-length // job.piece_length)
+            intrinsics.set_word(table, count + k, intrinsics.load(table, k))
+    if (
+        fill.recipe != recipe_address
+        or fill.count != count
+        or fill.num_sources != num_sources
+        or fill.length != length
+        or fill.segment_nbytes != segment_nbytes
+    ):
+        fill.recipe, fill.count, fill.num_sources = recipe_address, count, num_sources
+        fill.length, fill.segment_nbytes = length, segment_nbytes
+        recipe.cut(job, constants, length, count, moved)
+        job.in_memory = 2 if has_targets and moved >= STREAMED_NBYTES else 0
+        job_layout.item_at(job.items, 0).length = length
+        job.num_rows = job.num_parts = count if is_ring else 1
+        if is_ring:
+            job.piece_length = segment_nbytes // constants.itemsize
+            job.num_arrays = 2 * count - 1
+        for k in range(job.num_rows):
+            row = job_layout.row_at(job.rows, k)
+            row.part = k if is_ring else -1
+            row.first_source = k
+            row.num_sources = num_sources
+            row.first_target = k + num_read_only
+            row.num_targets = num_targets
+            row.divisor = num_sources if constants.is_mean else 1
+        job.num_pieces = -(-length // job.piece_length)
     for k in range(1 + job.num_queues):
         job_layout.counter_at(job.counters, k).value = 0
     if moved <= _SHORT_NBYTES:
@@ -104,7 +129,7 @@ def new_job(table_length: int, num_rows: int = 1) -> tuple[HostArray, int]:
     rows_offset = HEADER_WORDS + ITEM_WORDS
     table_offset = rows_offset + ROW_WORDS * num_rows
     counters_offset = job_layout.counters_after(table_offset + table_length)
-    words = intrinsics.words(counters_offset + COUNTER_WORDS * (1 + MOST_QUEUES))
+    words = intrinsics.words(counters_offset + COUNTER_WORDS * (1 + MOST_QUEUES + 1))
     address = checks.address(words)
     items, rows, table, counters = (
         address + 8 * offset

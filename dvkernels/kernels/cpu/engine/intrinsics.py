@@ -98,6 +98,14 @@ def store(builder: Any, table: Any, index: Any, value: Any) -> None:
     builder.store(value, _word(builder, table, index))
 
 
+@emitted(types.void, types.int64, types.int64, types.int64)
+def set_word(builder: Any, table: Any, index: Any, value: Any) -> None:
+    """Write a word if it has another value: the caches of other cores keep its line if not."""
+    word = _word(builder, table, index)
+    with builder.if_then(builder.icmp_signed("!=", builder.load(word), value)):
+        builder.store(value, word)
+
+
 @_atomic(types.int64)
 def load_shared(builder: Any, word: Any) -> Any:
     """Read a field that other threads write, atomically."""

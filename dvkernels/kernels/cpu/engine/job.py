@@ -179,7 +179,7 @@ def _lay_out(
     # Without the names of the fields: they take 2 us.
     header = JobHeader(
         num_pieces, grain, piece_length, len(items), len(program.rows), len(table),
-        program.num_parts, num_queues, _in_memory(moved, program), runner, 0,
+        program.num_parts, num_queues, _in_memory(moved, program), runner,
         address + 8 * HEADER_WORDS, address + 8 * rows_offset, address + 8 * constants_offset,
         address + 8 * counters_offset,
     )  # fmt: skip

@@ -44,7 +44,6 @@ class JobHeader(NamedTuple):
     num_queues: int = 1
     in_memory: int = 0  # the argument of span
     runner: int = 0  # its address
-    pool_slot: int = 0  # slot of the thread pool that holds the job, plus one; 0: none
     items: int = 0  # the address of the first
     rows: int = 0
     constants: int = 0
