@@ -32,10 +32,7 @@ _PADDING = memoryview(bytes(_ALIGNMENT))
 
 
 def encode(
-    value: Any,
-    number: int,
-    min_nbytes: int,
-    reference_of: Callable[[Any], Any] | None = None,
+    value: Any, number: int, min_nbytes: int, reference_of: Callable[[Any], Any] | None = None
 ) -> list[memoryview]:
     """Return a message, in pieces; arrays of at least ``min_nbytes`` are not copied.
 
@@ -56,19 +53,16 @@ def encode(
         pickler.persistent_id = reference_of
     pickler.dump(value)
     parts[0] = memoryview(content.getvalue())  # collecting a cycle with getbuffer() may crash
-    sizes = [part.nbytes for part in parts]
-    head = _HEAD.pack(number, len(sizes)) + struct.pack(f"<{len(sizes)}q", *sizes)
+    head = struct.pack(f"<{len(parts) + 2}q", number, len(parts), *(part.nbytes for part in parts))
     pieces = []
     for piece in (memoryview(head), *parts):
         pieces += [piece, _PADDING[: -piece.nbytes % _ALIGNMENT]]
     return pieces
 
 
-def number_of(message: memoryview) -> int:
-    """Return the number of a message."""
-    number: int
-    number, _ = _HEAD.unpack_from(message)
-    return number
+def number_of(message: Any) -> int:
+    """Return the number of a message, given as anything with a buffer."""
+    return int(_HEAD.unpack_from(message)[0])
 
 
 def decode(message: memoryview, resolve: Callable[[Any], Any] | None = None) -> Any:

@@ -59,11 +59,6 @@ def owned(parts: Sequence[memoryview]) -> list[memoryview]:
     return [memoryview(b"".join(parts))]
 
 
-def number_of(message: HostArray) -> int:
-    """Return the number of a message."""
-    return pickling.number_of(message.data)
-
-
 def decode(message: HostArray, references: References) -> Any:
     """Return the value of a message. Its arrays share the bytes of the message."""
     return pickling.decode(message.data, references.resolve)

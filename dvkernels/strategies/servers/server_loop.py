@@ -81,7 +81,7 @@ def _answer(
     objects: ServerObjects, placement: Placement, peer: int, asked: Any
 ) -> list[memoryview]:
     """Carry out the requests of a message, in order, up to the first that fails."""
-    number, error = message.number_of(asked), None
+    number, error = pickling.number_of(asked), None
     results: list[Any] = []
     try:
         dropped, listed, author = message.decode(asked, objects)

@@ -71,12 +71,12 @@ def _reply(rank: int, frame: Frame, references: References, came: HostArray) -> 
         user_errors.annotate(raised, f"in process {os.getpid()}:\n{text}")
         error = pickling.sendable(raised)
     try:
-        reply = message.encode((error, result, writes), references, message.number_of(came))
+        reply = message.encode((error, result, writes), references, pickling.number_of(came))
         return message.owned(reply)
     except Exception as raised:
         what = "result" if error is None else f"error, {user_errors.describe(error)},"
         refused = TypeError(f"the {what} of a call cannot be sent: {user_errors.describe(raised)}")
-        return message.encode((refused, None, []), references, message.number_of(came))
+        return message.encode((refused, None, []), references, pickling.number_of(came))
 
 
 def _call(
