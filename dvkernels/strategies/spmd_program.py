@@ -235,14 +235,17 @@ class SpmdProgram:
     def _regrouped(self, traced: Sequence[Any]) -> Any:
         """Return the result of ``run``: a PerReplica for each array."""
         placement, devices = self._placement, self._placement.replica_devices
-        arrays = map(shard_map.taken_apart, traced)
+        arrays = iter(traced)
         assert self._structure is not None
 
         def joined(leaf: Any) -> Any:
             if leaf is None or regroup.is_variable(leaf):
                 return leaf
-            parts = next(arrays) if leaf is TRACED else [leaf] * len(devices)
-            return PerReplica(parts, devices=devices, owner=placement)
+            if leaf is not TRACED:
+                return PerReplica([leaf] * len(devices), devices=devices, owner=placement)
+            whole = next(arrays)
+            parts = shard_map.taken_apart(whole)
+            return PerReplica(parts, devices=devices, owner=placement).with_whole(whole)
 
         return pytree.unflatten(self._structure, [joined(leaf) for leaf in self._results])
 

@@ -45,12 +45,17 @@ def of(args: Sequence[Any], kwargs: Mapping[str, Any], placement: Placement) -> 
     constants: list[Any] = []
     pending: list[Any] = []  # what is put on devices
     places: list[Any] = []
-    traced: list[int] = []  # of each traced leaf the number of its arrays
+    traced: list[Any] = []  # of each traced leaf its global array, or the number of its arrays
     keys: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, PerReplica):
             regroup.check_fits(leaf, placement, "run: ")
             values = leaf.values
+            if leaf.whole is not None and leaf.owner is placement:
+                traced.append(leaf.whole)
+                constants.append(TRACED)
+                keys.append(TRACED)
+                continue
             if not all(map(_is_array, values)):
                 values = _equal_constants(values)
                 constants.append(values)
@@ -73,7 +78,10 @@ def of(args: Sequence[Any], kwargs: Mapping[str, Any], placement: Placement) -> 
         constants.append(TRACED)
         keys.append(TRACED)
     placed = iter(_placed(pending, places))
-    whole = [whole_of([next(placed) for _ in range(count)], mesh) for count in traced]
+    whole = [
+        whole_of([next(placed) for _ in range(each)], mesh) if type(each) is int else each
+        for each in traced
+    ]
     shapes = tuple(
         (array.shape, array.dtype, getattr(array, "weak_type", False)) for array in whole
     )

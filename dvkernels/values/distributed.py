@@ -128,7 +128,10 @@ class _Frozen(DistributedValues[T]):
     """Implementation of ``PerReplica`` and ``Mirrored``: storage, indexing, printing, refusals."""
 
     # The slots override the properties of the base class.
-    __slots__ = ("__weakref__", "devices", "owner", "values")
+    __slots__ = ("__weakref__", "devices", "owner", "values", "whole")
+
+    # The components as one global array of JAX, or None: compiled steps take and give these.
+    whole: Any
 
     # The calls to use instead; shown when an operation is refused.
     _remedy = ""
@@ -166,6 +169,12 @@ class _Frozen(DistributedValues[T]):
         object.__setattr__(self, "values", components)
         object.__setattr__(self, "devices", where)
         object.__setattr__(self, "owner", owner)
+        object.__setattr__(self, "whole", None)
+
+    def with_whole(self, whole: Any) -> Self:
+        """Return this value, which nobody has seen yet, with a global array of its components."""
+        object.__setattr__(self, "whole", whole)
+        return self
 
     def __len__(self) -> int:
         return len(self.values)

@@ -152,7 +152,9 @@ class ImmutableCopies(Copies):
 
 
 def _taken_apart(whole: Any) -> tuple[Array, ...]:
-    return tuple(shard.data for shard in whole.addressable_shards)
+    from dvkernels.communicators.jax import shard_map
+
+    return shard_map.taken_apart(whole)
 
 
 def _is_deleted(content: Any) -> bool:

@@ -64,7 +64,9 @@ def assembled(arrays: Sequence[Any], mesh: Any) -> Any:
 
 def taken_apart(whole: Any) -> tuple[Any, ...]:
     """Return the arrays of a global array, one per local device, in the order of the replicas."""
-    return tuple(shard.data for shard in whole.addressable_shards)
+    # A private name. The public one makes, for 15 us, shards that say which part each of them is.
+    arrays = getattr(whole, "_arrays", None)
+    return tuple(arrays or (shard.data for shard in whole.addressable_shards))
 
 
 @final

@@ -12,7 +12,7 @@ from dvkernels.data.array_nest import Element, is_flat_dict, is_flat_tuple, lead
 from dvkernels.data.distributed.balancer import Balancer
 from dvkernels.data.distributed.padding import Padder
 from dvkernels.data.distributed.stats import StatsRecorder
-from dvkernels.data.distributed.to_device import BatchCopier
+from dvkernels.data.distributed.to_device import BatchCopier, JaxCopier
 from dvkernels.devices.device import Device
 from dvkernels.errors import DatasetError
 from dvkernels.pytree import describe_structure, flatten
@@ -81,7 +81,11 @@ class Splitter:
         began = time.perf_counter()
         columns = copier.copy([leaf.values for leaf in leaves])
         recorder.count_copy(time.perf_counter() - began)
-        return structure.unflatten([self.per_replica(column) for column in columns])
+        parts = [self.per_replica(column) for column in columns]
+        if isinstance(copier, JaxCopier) and self._owner is not None:
+            for part in parts:
+                copier.assemble(part, self._owner)
+        return structure.unflatten(parts)
 
     def empty_like(self, element: Element) -> Element:
         """Return an element like ``element`` without rows; None if a leaf has no leading axis.

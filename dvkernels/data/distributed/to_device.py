@@ -16,12 +16,14 @@ import numpy as np
 
 from dvkernels import reduce_op
 from dvkernels.data.array_nest import Element
-from dvkernels.devices import array_memory, cuda
-from dvkernels.devices.array_spec import HostArray
+from dvkernels.devices import array_memory, cuda, interop
+from dvkernels.devices.array_spec import HostArray, spec
 from dvkernels.devices.device import Device
 from dvkernels.devices.gpu_times import GpuSpan
 from dvkernels.profiler import tracing
 from dvkernels.profiler.memory_report import Holding
+from dvkernels.values.distributed import PerReplica
+from dvkernels.values.placement import Placement
 
 __all__: list[str] = []
 
@@ -164,6 +166,14 @@ class JaxCopier:
             ]
             for column in columns
         ]
+
+    @staticmethod
+    def assemble(value: PerReplica[Any], owner: Placement) -> None:
+        """Give a value its global array if its parts are alike: else each step would make it."""
+        from dvkernels.communicators.jax import shard_map
+
+        if all(map(interop.is_of_jax, value.values)) and len({*map(spec, value.values)}) == 1:
+            value.with_whole(shard_map.assembled(value.values, owner.mesh))
 
 
 BatchCopier = DeviceCopier | JaxCopier

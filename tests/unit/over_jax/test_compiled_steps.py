@@ -111,6 +111,16 @@ def test_the_tenth_trace_of_one_place_warns(strategy):
         run_one()
 
 
+def test_results_and_batches_are_arguments_of_the_next_step(strategy):
+    step = strategy.jit(lambda x: x + here().replica_id_in_sync_group)
+    batches = strategy.distribute_dataset(dv.Dataset.from_arrays(np.zeros(4, np.float32)).batch(4))
+    (value,) = batches
+    for k in range(3):  # the replicas' parts differ
+        value = strategy.run(step, (value,))
+        assert [part.tolist() for part in value.values] == [[0, 0], [k + 1, k + 1]]
+        assert value[1].devices() == {strategy.placement.jax_local_devices[1]}
+
+
 def test_gradients_are_each_replicas_own(strategy, jax):
     """Trap: with check_vma=True JAX sums gradients of replicated parameters by itself."""
     with strategy.scope():
