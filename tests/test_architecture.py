@@ -39,6 +39,7 @@ ROWS = (
         "custom_reduction",
         "reduce_op",
         "philox",
+        "pickling",
     ),
     ("schedules", "cluster", "pytree", "threads"),
     ("profiler",),

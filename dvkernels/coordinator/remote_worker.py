@@ -9,6 +9,7 @@ from typing import Any, final
 
 import numpy as np
 
+from dvkernels import pickling
 from dvkernels.coordinator.closure import Closure
 from dvkernels.coordinator.per_worker import IteratorHasNotBegun, end_own, has_ended, to_begin
 from dvkernels.errors import ContextError
@@ -78,7 +79,7 @@ class RemoteWorker:
         self._channel.post(sent)
         came = None
         # Replies come in order; one before may be to a coordinator that has been closed.
-        while came is None or message.number_of(came) != closure.number:
+        while came is None or pickling.number_of(came) != closure.number:
             came = self._channel.next(str(closure), math.inf)
         reply: tuple[BaseException | None, Any, Any]
         reply = message.decode(came, self._processes.objects)

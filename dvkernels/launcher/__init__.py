@@ -1,5 +1,5 @@
 """The launcher: starts the workers of a job, a program or a function, and ends them all.
 
-Imports: cluster, communicators, deadlines, devices, errors, threads, tracebacks,
-user_errors.
+Imports: cluster, communicators, deadlines, devices, errors, pickling, threads,
+tracebacks, user_errors.
 """

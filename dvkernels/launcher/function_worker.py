@@ -23,6 +23,7 @@ def main() -> None:
     sys.path[:] = json.loads(sys.argv[3])
     sys.argv[:] = [""]
     _end_with(os.getppid())
+    from dvkernels import pickling
     from dvkernels.launcher import shared_pickle
 
     try:
@@ -41,8 +42,9 @@ def main() -> None:
     except BaseException as error:
         when = time.monotonic()
         os.ftruncate(result_fd, 0)
-        sent = _picklable(error)
-        shared_pickle.write(result_fd, (True, sent, _text_of(error, sent is not None), when))
+        is_sent = pickling.can_be_sent(error)
+        result = (True, error if is_sent else None, _text_of(error, is_sent), when)
+        shared_pickle.write(result_fd, result)
         status = 1
     else:
         status = 0
@@ -71,19 +73,6 @@ def _end_with(parent: int) -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="dvkernels-parent").start()
-
-
-def _picklable(error: BaseException) -> BaseException | None:
-    """Return an exception, or None if the caller could not read it."""
-    import pickle
-
-    import cloudpickle
-
-    try:
-        copied = pickle.loads(cloudpickle.dumps(error))
-    except BaseException:  # its class may do anything
-        return None
-    return error if type(copied) is type(error) else None
 
 
 def _text_of(error: BaseException, is_sent: bool) -> str:

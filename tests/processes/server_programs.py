@@ -349,16 +349,25 @@ def _errors(coordinator, table) -> None:
 
     with pytest.raises(ValueError, match="wrong") as caught:
         coordinator.schedule(fail, (ValueError("wrong"),)).fetch()
-    assert any("in process" in note for note in caught.value.__notes__)
+    (note,) = [each for each in caught.value.__notes__ if each.startswith("in process")]
+    assert f'{__file__}", line' in note
+    assert "in fail\n    raise error\n" in note
     with pytest.raises(ValueError, match="wrong"):
         coordinator.join()
     coordinator.join()
 
-    def odd():
+    def odd(*_):
         raise Odd(1, 2)
 
+    at_server = dv.optimizers.SGD(odd)
+
     for call, error, text in (
-        (odd, RuntimeError, "cannot be sent"),
+        (odd, RuntimeError, "Odd: 1 .an error that cannot be sent"),
+        (
+            lambda: at_server.apply_gradients([(([0], [[1.0, 1.0]]), table)]),
+            RuntimeError,
+            "Odd: 1 .an error that cannot be sent",
+        ),
         (lambda: (x for x in ()), TypeError, "result of a call cannot be sent"),
         (lambda: table.gather_rows([NUM_ROWS]), IndexError, "variable 'table'"),
         (lambda: dv.Variable(1.0), ContextError, "outside of its calls"),

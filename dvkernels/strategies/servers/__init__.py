@@ -1,5 +1,6 @@
 """Servers in other processes: requests to them, and the loops of servers and workers.
 
 Imports: cluster, communicators, communicators.workers, context, deadlines, devices, errors,
-optimizers, profiler, replicas, strategies, threads, tracebacks, user_errors, values, variables.
+optimizers, pickling, profiler, replicas, strategies, threads, tracebacks, user_errors, values,
+variables.
 """

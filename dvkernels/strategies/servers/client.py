@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
-from dvkernels import deadlines
+from dvkernels import deadlines, pickling
 from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.errors import CollectiveTimeoutError, ContextError, WorkerLostError
@@ -204,7 +204,7 @@ class ServerClient:
                     f"repeat it"
                 )
                 return CollectiveTimeoutError(text), []
-            elif came is not None and message.number_of(came) == server.num_asked:
+            elif came is not None and pickling.number_of(came) == server.num_asked:
                 outcome: tuple[BaseException | None, list[Any]]
                 outcome = message.decode(came, self.references)
                 return outcome

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from dvkernels import pickling
 from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.errors import WorkerLostError
@@ -80,7 +81,7 @@ def _answer(
     objects: ServerObjects, placement: Placement, peer: int, asked: Any
 ) -> list[memoryview]:
     """Carry out the requests of a message, in order, up to the first that fails."""
-    number, error = message.number_of(asked), None
+    number, error = pickling.number_of(asked), None
     results: list[Any] = []
     try:
         dropped, listed, author = message.decode(asked, objects)
@@ -103,11 +104,11 @@ def _answer(
                     objects.counts[key].note(author or peer, what, storage, tuple(arguments))
                 results.append(request(storage, *arguments))
     except Exception as raised:
-        error = raised
+        error = pickling.sendable(raised)
     try:
         return message.encode((error, results), objects, number)
-    except Exception as raised:  # an error that cannot be sent
-        text = f"a server raised {describe(error or raised)}"
+    except Exception as raised:  # a result that cannot be sent
+        text = f"a server raised {describe(raised)}"
         return message.encode((RuntimeError(text), []), objects, number)
 
 

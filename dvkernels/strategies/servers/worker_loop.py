@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextvars
 import math
 import os
-import pickle
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from dvkernels import context, tracebacks, user_errors
+from dvkernels import context, pickling, tracebacks, user_errors
 from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.context import Frame
@@ -70,28 +69,14 @@ def _reply(rank: int, frame: Frame, references: References, came: HostArray) -> 
         lines = traceback.format_exception(type(raised), raised, raised.__traceback__)
         text = "".join(lines).rstrip()
         user_errors.annotate(raised, f"in process {os.getpid()}:\n{text}")
-        error = _sendable(raised)
+        error = pickling.sendable(raised)
     try:
-        reply = message.encode((error, result, writes), references, message.number_of(came))
+        reply = message.encode((error, result, writes), references, pickling.number_of(came))
         return message.owned(reply)
     except Exception as raised:
         what = "result" if error is None else f"error, {user_errors.describe(error)},"
         refused = TypeError(f"the {what} of a call cannot be sent: {user_errors.describe(raised)}")
-        return message.encode((refused, None, []), references, message.number_of(came))
-
-
-def _sendable(error: BaseException) -> BaseException:
-    """Return an error, or another with its text if the coordinator could not read it."""
-    import cloudpickle
-
-    try:
-        if type(pickle.loads(cloudpickle.dumps(error))) is type(error):
-            return error
-    except Exception:  # its class may do anything
-        pass
-    made = RuntimeError(f"{user_errors.describe(error)} (an error that cannot be sent)")
-    user_errors.annotate(made, user_errors.latest_note(error) or "")
-    return made
+        return message.encode((refused, None, []), references, pickling.number_of(came))
 
 
 def _call(

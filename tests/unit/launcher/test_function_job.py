@@ -56,10 +56,9 @@ def test_a_large_array_is_mapped_and_half_a_value_is_none():
     with pytest.raises(EOFError):
         shared_pickle.read(fd)
     array = np.random.default_rng(1).random((300, 400))
-    shared_pickle.write(fd, {"a": array, "b": [array], "small": np.ones(3)})
+    shared_pickle.write(fd, {"a": array, "small": np.ones(3)})
     assert os.fstat(fd).st_size < array.nbytes + 5000
     first, second = shared_pickle.read(fd), shared_pickle.read(fd)
-    assert first["b"][0] is first["a"]
     first["a"][:] = 0
     assert (second["a"] == array).all()
     os.pwrite(fd, bytes(8), 0)  # as if the writer had been killed

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
+from dvkernels import pickling
 from dvkernels.communicators.workers.message_channel import MessageChannel
 from dvkernels.communicators.workers.shm.ring_channel import RingChannel
 from dvkernels.errors import CollectiveTimeoutError, ContextError
@@ -41,7 +42,7 @@ class FakeChannel(MessageChannel):
         self.left, self.answers, self.is_owned = 0, deque(), False
 
     def post(self, parts):
-        self.number = message.number_of(np.frombuffer(b"".join(parts), np.uint8))
+        self.number = pickling.number_of(np.frombuffer(b"".join(parts), np.uint8))
         self.left = self.num_pieces
         self.flush()
 
