@@ -46,7 +46,7 @@ class _Fill(NamedTuple):
     """What a job was filled for: a call that is alike writes no line that helpers have read."""
 
     recipe: int
-    count: int
+    num_arrays: int
     num_sources: int
     length: int
     segment_nbytes: int
@@ -89,12 +89,12 @@ def _prepare(views, recipe_address, job_address, num_sources, segment_nbytes):  
             intrinsics.set_word(table, count + k, intrinsics.load(table, k))
     if (
         fill.recipe != recipe_address
-        or fill.count != count
+        or fill.num_arrays != count
         or fill.num_sources != num_sources
         or fill.length != length
         or fill.segment_nbytes != segment_nbytes
     ):
-        fill.recipe, fill.count, fill.num_sources = recipe_address, count, num_sources
+        fill.recipe, fill.num_arrays, fill.num_sources = recipe_address, count, num_sources
         fill.length, fill.segment_nbytes = length, segment_nbytes
         recipe.cut(job, constants, length, count, moved)
         job.in_memory = 2 if has_targets and moved >= STREAMED_NBYTES else 0
