@@ -29,7 +29,7 @@ from dvkernels.strategies import step_arguments
 from dvkernels.strategies.step_arguments import TRACED, StepArguments
 from dvkernels.strategies.traced_replica import TracedReplica
 from dvkernels.values import regroup
-from dvkernels.values.distributed import PerReplica
+from dvkernels.values.distributed import PerReplica, with_global_array
 from dvkernels.values.placement import Placement
 from dvkernels.variables.copies import rebind
 from dvkernels.variables.immutable_copies import ImmutableCopies
@@ -245,7 +245,8 @@ class SpmdProgram:
                 return PerReplica([leaf] * len(devices), devices=devices, owner=placement)
             whole = next(arrays)
             parts = shard_map.taken_apart(whole)
-            return PerReplica(parts, devices=devices, owner=placement).with_whole(whole)
+            value: PerReplica[Any] = PerReplica(parts, devices=devices, owner=placement)
+            return with_global_array(value, whole)
 
         return pytree.unflatten(self._structure, [joined(leaf) for leaf in self._results])
 

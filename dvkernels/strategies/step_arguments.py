@@ -14,7 +14,7 @@ from dvkernels.devices import interop, jax_arrays, jax_devices
 from dvkernels.devices.array_spec import spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.values import regroup
-from dvkernels.values.distributed import Mirrored, PerReplica
+from dvkernels.values.distributed import Mirrored, PerReplica, global_array_of
 from dvkernels.values.placement import Placement
 
 __all__: list[str] = []
@@ -51,8 +51,9 @@ def of(args: Sequence[Any], kwargs: Mapping[str, Any], placement: Placement) -> 
         if isinstance(leaf, PerReplica):
             regroup.check_fits(leaf, placement, "run: ")
             values = leaf.values
-            if leaf.whole is not None and leaf.owner is placement:
-                traced.append(leaf.whole)
+            whole = global_array_of(leaf)
+            if whole is not None and leaf.owner is placement:
+                traced.append(whole)
                 constants.append(TRACED)
                 keys.append(TRACED)
                 continue
@@ -78,15 +79,15 @@ def of(args: Sequence[Any], kwargs: Mapping[str, Any], placement: Placement) -> 
         constants.append(TRACED)
         keys.append(TRACED)
     placed = iter(_placed(pending, places))
-    whole = [
+    arrays = [
         whole_of([next(placed) for _ in range(each)], mesh) if type(each) is int else each
         for each in traced
     ]
     shapes = tuple(
-        (array.shape, array.dtype, getattr(array, "weak_type", False)) for array in whole
+        (array.shape, array.dtype, getattr(array, "weak_type", False)) for array in arrays
     )
     return StepArguments(
-        (structure, tuple(keys), shapes), structure, tuple(whole), tuple(constants)
+        (structure, tuple(keys), shapes), structure, tuple(arrays), tuple(constants)
     )
 
 

@@ -128,10 +128,9 @@ class _Frozen(DistributedValues[T]):
     """Implementation of ``PerReplica`` and ``Mirrored``: storage, indexing, printing, refusals."""
 
     # The slots override the properties of the base class.
-    __slots__ = ("__weakref__", "devices", "owner", "values", "whole")
+    __slots__ = ("__weakref__", "_global_array", "devices", "owner", "values")
 
-    # The components as one global array of JAX, or None: compiled steps take and give these.
-    whole: Any
+    _global_array: Any  # see with_global_array
 
     # The calls to use instead; shown when an operation is refused.
     _remedy = ""
@@ -169,12 +168,7 @@ class _Frozen(DistributedValues[T]):
         object.__setattr__(self, "values", components)
         object.__setattr__(self, "devices", where)
         object.__setattr__(self, "owner", owner)
-        object.__setattr__(self, "whole", None)
-
-    def with_whole(self, whole: Any) -> Self:
-        """Return this value, which nobody has seen yet, with a global array of its components."""
-        object.__setattr__(self, "whole", whole)
-        return self
+        object.__setattr__(self, "_global_array", None)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -304,6 +298,20 @@ class Mirrored(_Frozen[T]):
 
     __slots__ = ()
     _remedy = "take one of its equal copies with .values[0]"
+
+
+def with_global_array(value: PerReplica[T], array: Any) -> PerReplica[T]:
+    """Return a value, which nobody has seen yet, with its components as one global array of JAX.
+
+    Compiled steps take and give these.
+    """
+    object.__setattr__(value, "_global_array", array)
+    return value
+
+
+def global_array_of(value: PerReplica[Any]) -> Any:
+    """Return the global array that a value was given, or None."""
+    return value._global_array
 
 
 def _copied(value: Any, device: Device) -> Any:

@@ -22,7 +22,7 @@ from dvkernels.devices.device import Device
 from dvkernels.devices.gpu_times import GpuSpan
 from dvkernels.profiler import tracing
 from dvkernels.profiler.memory_report import Holding
-from dvkernels.values.distributed import PerReplica
+from dvkernels.values.distributed import PerReplica, with_global_array
 from dvkernels.values.placement import Placement
 
 __all__: list[str] = []
@@ -173,7 +173,7 @@ class JaxCopier:
         from dvkernels.communicators.jax import shard_map
 
         if all(map(interop.is_of_jax, value.values)) and len({*map(spec, value.values)}) == 1:
-            value.with_whole(shard_map.assembled(value.values, owner.mesh))
+            with_global_array(value, shard_map.assembled(value.values, owner.mesh))
 
 
 BatchCopier = DeviceCopier | JaxCopier
