@@ -86,6 +86,8 @@ def can_be_sent(error: BaseException) -> bool:
     try:
         message = memoryview(b"".join(encode(error, 0, 0)))
         return type(decode(message)) is type(error)
+    except KeyboardInterrupt:
+        raise
     except BaseException:  # its class may do anything
         return False
 

@@ -90,6 +90,8 @@ def unshared(content: Any) -> Any:
     """
     if not isinstance(content, np.ndarray):
         return content
+    if content.dtype.hasobject or not content.dtype.itemsize:
+        return np.array(content)
     memory = np.empty(content.nbytes + _ALIGNMENT, np.uint8)
     begin = -memory.__array_interface__["data"][0] % _ALIGNMENT
     copy = memory[begin : begin + content.nbytes].view(content.dtype).reshape(content.shape)

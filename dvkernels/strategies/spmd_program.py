@@ -123,7 +123,12 @@ class SpmdProgram:
         rows, step = extras
         trace = TracedState(values, rows, step, None)
         leaves, self._structure = pytree.flatten(self._call(trace, given))
-        traced = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        # No longer weakly typed, should it be an argument of the next step: as its parts are.
+        traced = [
+            leaf.astype(leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
+            for leaf in leaves
+            if isinstance(leaf, jax.Array)
+        ]
         self._results = [TRACED if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
         if trace.written.keys() != {*map(id, self._written)}:
             raise ContextError(_LEAKED)
@@ -189,7 +194,7 @@ class SpmdProgram:
         if self._is_joint:
             # JAX 0.6.1 waits, where nobody could end it, when an array is freed that a program has
             # yet to take: so the donated ones are kept until the program has ended.
-            self._launched.append((results.pop(), changed))
+            self._launched.append((results.pop(), () if checks_numbers else changed))
         return results
 
     def _launch(self, targets: list[Any], call: Iterator[Sequence[Any]]) -> None:

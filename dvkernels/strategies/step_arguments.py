@@ -11,7 +11,7 @@ import numpy as np
 from dvkernels import pytree, user_errors
 from dvkernels.communicators.jax import shard_map
 from dvkernels.devices import interop, jax_arrays, jax_devices
-from dvkernels.devices.array_spec import spec
+from dvkernels.devices.array_spec import refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.values import regroup
 from dvkernels.values.distributed import Mirrored, PerReplica, global_array_of
@@ -52,7 +52,11 @@ def of(args: Sequence[Any], kwargs: Mapping[str, Any], placement: Placement) -> 
             regroup.check_fits(leaf, placement, "run: ")
             values = leaf.values
             whole = global_array_of(leaf)
-            if whole is not None and leaf.owner is placement:
+            if (
+                whole is not None
+                and leaf.owner is placement
+                and not any(value.is_deleted() for value in values)  # XLA would crash
+            ):
                 traced.append(whole)
                 constants.append(TRACED)
                 keys.append(TRACED)
@@ -131,6 +135,7 @@ def _placed(values: list[Any], places: list[Any]) -> list[Any]:
 def _is_array(value: Any) -> bool:
     if isinstance(value, jax.Array):
         return True
+    refuse_masked(value, "run of a compiled step: an argument")
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind not in "biufcV":
         raise NotABufferError(
             f"run of a compiled step: arrays of {value.dtype} cannot be traced; pass numbers, or "

@@ -15,6 +15,7 @@ import numpy as np
 
 from dvkernels import context
 from dvkernels.devices.array_spec import Array
+from dvkernels.errors import NotABufferError
 from dvkernels.profiler import debugging
 from dvkernels.values.distributed import PerReplica
 from dvkernels.variables.copies import Copies
@@ -60,9 +61,17 @@ class ImmutableCopies(Copies):
     def whole(self) -> Any:
         """The copies as one global array."""
         content = self.content
-        if type(content) is not tuple:
-            return content
-        return self._made_of(content, self._assembled)
+        if type(content) is tuple:
+            return self._made_of(content, self._assembled)
+        known, parts = self._other_form
+        if known is content and _is_deleted(parts):  # XLA would crash
+            self.replace_deleted()
+            raise NotABufferError(
+                f"variable {self.name!r}: an array of its v.values has been deleted, or donated to "
+                f"a program, and with it the copy; it holds NaN, or 0, until it is assigned, or "
+                f"restored"
+            )
+        return content
 
     def _made_of(self, content: Any, make: Any) -> Any:
         known, form = self._other_form

@@ -18,7 +18,7 @@ from jax import lax
 from dvkernels import reduce_op
 from dvkernels.communicators.jax import lowering
 from dvkernels.devices import jax_arrays
-from dvkernels.devices.array_spec import Spec, spec
+from dvkernels.devices.array_spec import Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.values import replica_weights
@@ -218,6 +218,7 @@ class TracedState:
 
 
 def _row_numbers(copies: Copies, verb: str, indices: Any) -> Any:
+    refuse_masked(indices, f"{verb} of variable {copies.name!r}: the indices")
     rows = jnp.asarray(jax_arrays.unshared(indices))
     if copies.arrays[0].ndim == 0:
         raise BufferMismatchError(

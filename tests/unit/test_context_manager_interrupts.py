@@ -55,7 +55,7 @@ def make():
 # All 10,000 points of a trace take eight minutes.
 @pytest.mark.parametrize(
     "sample",
-    [10, pytest.param(300, marks=pytest.mark.wide), pytest.param(None, marks=pytest.mark.slow)],
+    [10, pytest.param(100, marks=pytest.mark.wide), pytest.param(None, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("kind", ["scope", "trace", "debug"])
 def test_a_context_manager_that_was_interrupted_can_be_left_and_entered_again(kind, sample):

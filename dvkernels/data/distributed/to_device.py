@@ -169,10 +169,20 @@ class JaxCopier:
 
     @staticmethod
     def assemble(value: PerReplica[Any], owner: Placement) -> None:
-        """Give a value its global array if its parts are alike: else each step would make it."""
+        """Give a value its global array, which else each step would make.
+
+        Its parts must be alike, and lie on their own devices: those of the dataset stay where they
+        are.
+        """
         from dvkernels.communicators.jax import shard_map
 
-        if all(map(interop.is_of_jax, value.values)) and len({*map(spec, value.values)}) == 1:
+        parts = value.values
+        if not all(map(interop.is_of_jax, parts)) or len({*map(spec, parts)}) > 1:
+            return
+        if all(
+            part.committed and part.devices() == {own}
+            for part, own in zip(parts, owner.jax_local_devices, strict=True)
+        ):
             with_global_array(value, shard_map.assembled(value.values, owner.mesh))
 
 

@@ -77,7 +77,7 @@ KINDS = ("schedule", "join", "fetch", "error", "write", "close")
 
 
 @pytest.mark.parametrize(
-    ("kind", "sample"), daily([("error", 5), *((kind, 60) for kind in KINDS)], ("error", 5))
+    ("kind", "sample"), daily([("error", 5), *((kind, 30) for kind in KINDS)], ("error", 5))
 )
 def test_an_interrupt_leaves_the_coordinator_usable(kind, sample):
     broken = interrupt_points.broken_in(PROGRAM.format(kind=kind), sample=sample)

@@ -37,6 +37,29 @@ def test_kernels_compute_with_as_many_helpers_as_there_are(monkeypatch, error, n
     assert thread_pool._pool is not before
 
 
+@pytest.mark.parametrize("length", [100, 1 << 20])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupt_leaves_a_job_done_with_its_copies_or_not_begun(monkeypatch, length, moment):
+    """Transposed arrays are staged, and copied back after the job."""
+    groups = [
+        [np.ones((length, 2)).T[:, ::-1] for _ in range(2)],
+        [np.ones((2, length)) for _ in range(2)],
+    ]
+    for name in ("_execute", "run_alone"):
+        real = getattr(thread_pool, name)
+
+        def interrupted(*args, real=real):
+            if moment == "after":
+                real(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(thread_pool, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.all_reduce_many([*map(list, zip(*groups, strict=True))])
+    left = {float(x) for group in groups for array in group for x in array.flat}
+    assert left == ({2.0} if moment == "after" else {1.0})
+
+
 def test_a_helper_recovers_from_a_lost_wake_up(monkeypatch) -> None:
     monkeypatch.setenv("DVKERNELS_NUM_THREADS", "2")
     monkeypatch.setattr(thread_pool, "_RECHECK_SECONDS", 0.01)

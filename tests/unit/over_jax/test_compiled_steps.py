@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import interrupt_points
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.errors import BufferMismatchError, ContextError
+from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 
 pytestmark = pytest.mark.jax
 here = dv.get_replica_context
@@ -119,6 +120,50 @@ def test_results_and_batches_are_arguments_of_the_next_step(strategy):
         value = strategy.run(step, (value,))
         assert [part.tolist() for part in value.values] == [[0, 0], [k + 1, k + 1]]
         assert value[1].devices() == {strategy.placement.jax_local_devices[1]}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0)])
+def test_arrays_of_jax_in_a_dataset_are_those_of_their_replicas(strategy, jax, order):
+    own = strategy.placement.jax_local_devices
+    elements = [jax.device_put(np.float32(k), own[order[k]]) for k in range(2)]
+    dealt = strategy.distribute_datasets_from_function(lambda _: dv.Dataset.from_sequence(elements))
+    (value,) = dealt
+    for step in (lambda x: x + 0, strategy.jit(lambda x: x + 0)):
+        assert [float(part) for part in strategy.run(step, (value,)).values] == [0, 1]
+
+
+def test_a_deleted_part_of_an_argument_or_a_variable_is_an_error(strategy, variable, jax):
+    step = strategy.jit(lambda x: variable.assign_add(np.ones(3, np.float32) * x))
+    value = strategy.run(strategy.jit(lambda x: x + 0), (np.float32(1),))
+    strategy.run(step, (value,))
+    value.values[1].delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        strategy.run(step, (value,))
+    variable.values[0].delete()
+    with pytest.raises(NotABufferError, match=r"values has been deleted.*until it is assigned"):
+        strategy.run(step, (1.0,))
+    assert np.isnan(variable.numpy()).all()
+    variable.assign(np.zeros(3, np.float32))
+    strategy.run(step, (1.0,))
+    assert variable.numpy().tolist() == [2, 2, 2]
+
+
+def test_results_are_the_same_arguments_whole_and_in_parts(strategy, jax):
+    weak = strategy.run(strategy.jit(lambda: jax.numpy.asarray(1.0)))
+    step = strategy.jit(lambda x: x * jax.numpy.ones((), jax.numpy.bfloat16))
+    ends = [strategy.run(step, (each,)).values[0] for each in (weak, copy.deepcopy(weak))]
+    assert ends[0].dtype == ends[1].dtype
+    assert step.traces == 1
+
+
+def test_masks_are_refused(strategy, variable):
+    masked = np.ma.masked_array(np.ones(3, np.float32), [0, 1, 0])
+    for given in (masked, dv.PerReplica([masked, masked])):
+        with pytest.raises(NotABufferError, match="mask"):
+            strategy.run(strategy.jit(lambda x: x), (given,))
+    rows = np.ma.masked_array([0, 1], [0, 1])
+    with pytest.raises(NotABufferError, match="mask"):
+        strategy.run(strategy.jit(lambda: variable.scatter_add(rows, 1.0)))
 
 
 def test_gradients_are_each_replicas_own(strategy, jax):

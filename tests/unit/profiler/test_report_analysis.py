@@ -331,7 +331,7 @@ def mutated(draw, value):
     return draw.choice(odd)
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.wide)])
 def test_whatever_a_file_says_it_is_refused_or_analysed(tmp_path, count):
     draw = random.Random(count)
     counter = made.memory(3, variables=5)

@@ -101,7 +101,7 @@ def program(kind: str, size: int, is_warm: bool = True) -> str:
     return PROGRAM.format(kind=kind, size=size, is_warm=is_warm)
 
 
-@pytest.mark.parametrize("sample", [12, pytest.param(50, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("sample", [12, pytest.param(30, marks=pytest.mark.wide)])
 @pytest.mark.parametrize("kind", ["async", "write"])
 def test_interrupts_at_some_points(kind, sample):
     broken = interrupt_points.broken_in(program(kind, 2), sample=sample)

@@ -29,7 +29,7 @@ from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import checks, jit
 from dvkernels.kernels.cpu.engine import intrinsics, records
-from dvkernels.kernels.cpu.engine.job_layout import COUNTER_WORDS, job_at
+from dvkernels.kernels.cpu.engine.job_layout import COUNTER_WORDS, JobHeader, job_at
 from dvkernels.schedules import cost_model
 from dvkernels.threads import shielded, thread
 
@@ -75,6 +75,7 @@ _HELPERS = _CREWS + _NUM_SLOTS * _CREW.itemsize
 _NUM_ASLEEP = records.index(_HEAD, "num_asleep")
 _NUM_GUESTS = records.index(_HEAD, "num_guests")
 _FIRST_SLOT = _SLOTS // 8
+_COUNTERS = JobHeader._fields.index("counters")
 
 # Bytes moved from which on a job is shared, and from which on helpers are woken for it.
 SHARED_NBYTES = cost_model.CPU.sharing_pays_from()
@@ -304,27 +305,29 @@ def execute(job: HostArray, address: int, moved: int, copies: Copies = ()) -> No
     an exception from a signal handler (Ctrl-C) is raised afterwards. ``job`` is the array of the
     words at ``address``.
     """
-    pool = _pool
-    if moved < SHARED_NBYTES:
-        run_alone(address)
-        if copies:
-            _finish(pool, job, address, 0, copies)
-        return
-    if pool.wake_locks is None:
-        pool.start()
-    words = pool.words
-    if moved >= _WAKING_NBYTES and words[_NUM_ASLEEP] > words[_NUM_GUESTS]:
-        pool.wake()
+    pool, is_shared = _pool, moved >= SHARED_NBYTES
+    if is_shared:
+        if pool.wake_locks is None:
+            pool.start()
+        words = pool.words
+        if moved >= _WAKING_NBYTES and words[_NUM_ASLEEP] > words[_NUM_GUESTS]:
+            pool.wake()
     try:
-        occupied = _execute(pool.address, address, _SETTLE_PAUSES)
+        occupied = 0
+        if is_shared:
+            occupied = _execute(pool.address, address, _SETTLE_PAUSES)
+        else:
+            run_alone(address)
         if occupied or copies:
             _finish(pool, job, address, occupied, copies)
     except CollectiveTimeoutError:
         raise
-    except BaseException:  # an interrupt before _finish, while a helper is still inside
-        slots = words[_FIRST_SLOT : _FIRST_SLOT + _NUM_SLOTS].tolist()
-        if -address in slots:
+    except BaseException:  # an interrupt before _finish
+        slots = pool.words[_FIRST_SLOT : _FIRST_SLOT + _NUM_SLOTS].tolist()
+        if -address in slots:  # a helper is still inside
             _finish(pool, job, address, 1 + slots.index(-address), copies)
+        elif copies and job[(int(job[_COUNTERS]) - address) // 8]:  # a thread has joined it
+            _finish(pool, job, address, 0, copies)
         raise
 
 
