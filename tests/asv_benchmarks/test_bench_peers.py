@@ -25,6 +25,7 @@ def bench(capsys, *arguments):
     return status, printed.out, printed.err
 
 
+@pytest.mark.wide
 def test_a_peer_that_is_missing_is_skipped_with_the_reason(capsys):
     python = f"mpich={sys.executable}"
     status, out, _ = bench(capsys, *QUICK, "--peers", "mpich", "--peer-python", python)

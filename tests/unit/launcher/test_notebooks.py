@@ -133,6 +133,7 @@ def test_the_progress_of_a_launched_function_is_a_bar(monkeypatch):
     assert {*nothing.values()} == {""}
 
 
+@pytest.mark.wide
 def test_cells_launch_functions_one_after_another(tmp_path):
     cells = _executed({"setup": f"flag = {str(tmp_path / 'flag')!r}", **CELLS})
     printed = {name: _text(cell) for name, cell in cells.items()}

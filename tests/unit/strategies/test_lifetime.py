@@ -63,6 +63,7 @@ def use_and_drop():
         strategy.run(fail)
 
 
+@pytest.mark.wide
 def test_a_thousand_strategies_leave_no_thread_and_no_memory():
     process = psutil.Process()
     for _ in range(200):
@@ -255,6 +256,7 @@ def test_the_signal_module_is_left_alone(strategy):
 # -- stress --------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 def test_a_thousand_failing_steps_leave_no_thread_and_no_memory(strategy):
     def fail_sometimes(k):
         if here().replica_id_in_sync_group == k % 2:
