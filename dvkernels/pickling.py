@@ -27,6 +27,7 @@ __all__: list[str] = []
 
 _ALIGNMENT = 64  # of arrays: a line of the caches, as NumPy's own
 _HEAD = struct.Struct("<qq")  # number, count of the parts; their sizes follow
+HEAD_NBYTES = _HEAD.size
 _FILENAME = 10  # its position among the arguments of ``types.CodeType``
 _PADDING = memoryview(bytes(_ALIGNMENT))
 

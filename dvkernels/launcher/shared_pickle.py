@@ -39,7 +39,7 @@ def write(fd: int, value: Any) -> None:
 
 def read(fd: int) -> Any:
     """Return the value of a file; raise ``EOFError`` where none was written completely."""
-    if os.fstat(fd).st_size == 0:
+    if os.fstat(fd).st_size < pickling.HEAD_NBYTES:
         raise EOFError("nothing was written")
     content = memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY))
     if pickling.number_of(content) != _WRITTEN:

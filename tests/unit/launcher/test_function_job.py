@@ -64,6 +64,9 @@ def test_a_large_array_is_mapped_and_half_a_value_is_none():
     os.pwrite(fd, bytes(8), 0)  # as if the writer had been killed
     with pytest.raises(EOFError):
         shared_pickle.read(fd)
+    os.ftruncate(fd, 5)
+    with pytest.raises(EOFError):
+        shared_pickle.read(fd)
     os.close(fd)
 
 
