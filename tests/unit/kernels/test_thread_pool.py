@@ -88,8 +88,7 @@ def test_a_thread_that_waits_at_a_gate_joins_jobs(monkeypatch) -> None:
             buffers = [np.ones(1 << 20), np.ones(1 << 20)]
             words = job.lay_out_sum(buffers, 1 << 10, loops.runner(ReduceOp.SUM, np.dtype(float)))
             thread_pool.execute(words, checks.address(words), thread_pool.SHARED_NBYTES)
-            counters = words[job_layout.JobHeader._fields.index("counters")]
-            num_joined = words[(counters - checks.address(words)) // 8]
+            num_joined = words[job_layout.first_counter(words, checks.address(words))]
             assert all((buffer == 2).all() for buffer in buffers)
         gate.open_gate(state, 0)
         assert opened.result(60)

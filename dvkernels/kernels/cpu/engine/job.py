@@ -24,6 +24,7 @@ from dvkernels.kernels.cpu.engine.job_layout import (
     JobHeader,
     Row,
     counters_after,
+    first_counter,
 )
 from dvkernels.kernels.strides import merge_axes
 from dvkernels.reduce_op import ReduceOp, Reduction
@@ -191,8 +192,7 @@ def _lay_out(
 
 def rewind(words: HostArray) -> None:
     """Make a job that has run ready to run again."""
-    counters = JobHeader(*words[:HEADER_WORDS]).counters
-    words[(int(counters) - checks.address(words)) // 8 :] = 0
+    words[first_counter(words, checks.address(words)) :] = 0
 
 
 def _lines(arrays: Sequence[HostArray], size: int) -> Iterator[_Lines]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels.cpu.engine import records
 
 __all__: list[str] = []
@@ -78,11 +79,17 @@ class Counter(NamedTuple):
 
 HEADER_WORDS, ITEM_WORDS, ROW_WORDS = (len(kind._fields) for kind in (JobHeader, Item, Row))
 COUNTER_WORDS = records.LINE_NBYTES // 8
+_COUNTERS = JobHeader._fields.index("counters")
 
 
 def counters_after(offset: int) -> int:
     """Return the first offset in words, not before another, at which a counter may lie."""
     return -(-offset // COUNTER_WORDS) * COUNTER_WORDS
+
+
+def first_counter(words: HostArray, address: int) -> int:
+    """Return the index of the first counter among the words of a job at an address."""
+    return (int(words[_COUNTERS]) - address) // 8
 
 
 job_at = records.view(records.layout(JobHeader))

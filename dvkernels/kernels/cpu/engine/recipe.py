@@ -12,10 +12,7 @@ import numpy as np
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import arithmetic, checks, jit
 from dvkernels.kernels.cpu.engine import array_structs, loops, records, thread_pool
-from dvkernels.kernels.cpu.engine.job_layout import (
-    MOST_QUEUES,
-    PIECE_NBYTES,
-)
+from dvkernels.kernels.cpu.engine.job_layout import MOST_QUEUES, PIECE_NBYTES
 from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__: list[str] = []
@@ -80,8 +77,8 @@ def new(runner: int, dtype: np.dtype[Any], factor: int = 1, is_mean: bool = Fals
 def cut(job, recipe, length, num_arrays, moved):  # type: ignore[no-untyped-def]
     """Cut a job that moves so many bytes into pieces, and into queues if threads share it.
 
-    ``length`` counts the elements of all items; the job's counters, and where its
-    data lies, are left alone.
+    ``length`` counts the elements of all items. The job's counters, and ``in_memory``, are left
+    alone.
     """
     job.piece_length = max(length, 1)
     job.num_queues = 1

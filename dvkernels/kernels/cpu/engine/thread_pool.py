@@ -29,7 +29,7 @@ from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import checks, jit
 from dvkernels.kernels.cpu.engine import intrinsics, records
-from dvkernels.kernels.cpu.engine.job_layout import COUNTER_WORDS, JobHeader, job_at
+from dvkernels.kernels.cpu.engine.job_layout import COUNTER_WORDS, first_counter, job_at
 from dvkernels.schedules import cost_model
 from dvkernels.threads import shielded, thread
 
@@ -75,7 +75,6 @@ _HELPERS = _CREWS + _NUM_SLOTS * _CREW.itemsize
 _NUM_ASLEEP = records.index(_HEAD, "num_asleep")
 _NUM_GUESTS = records.index(_HEAD, "num_guests")
 _FIRST_SLOT = _SLOTS // 8
-_COUNTERS = JobHeader._fields.index("counters")
 
 # Bytes moved from which on a job is shared, and from which on helpers are woken for it.
 SHARED_NBYTES = cost_model.CPU.sharing_pays_from()
@@ -326,7 +325,7 @@ def execute(job: HostArray, address: int, moved: int, copies: Copies = ()) -> No
         slots = pool.words[_FIRST_SLOT : _FIRST_SLOT + _NUM_SLOTS].tolist()
         if -address in slots:  # a helper is still inside
             _finish(pool, job, address, 1 + slots.index(-address), copies)
-        elif copies and job[(int(job[_COUNTERS]) - address) // 8]:  # a thread has joined it
+        elif copies and job[first_counter(job, address)]:  # a thread has joined it
             _finish(pool, job, address, 0, copies)
         raise
 
