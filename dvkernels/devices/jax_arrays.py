@@ -99,6 +99,11 @@ def unshared(content: Any) -> Any:
     return copy
 
 
+def unshared_array(value: Any) -> Any:
+    """Return a value as an array of JAX, traced in a trace, that shares no memory of NumPy."""
+    return jnp.asarray(unshared(value))
+
+
 def _copied_to(content: Any, device: Any) -> Any:
     return jax.device_put(unshared(content), device, may_alias=False)
 
@@ -134,7 +139,7 @@ class _JaxMemory:
         if interop.is_of_jax(result):
             return result
         return (
-            jnp.asarray(unshared(result))
+            unshared_array(result)
             if interop.is_of_jax(original)
             else interop.like(result, original)
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, final
 
-import jax.numpy as jnp
 import numpy as np
 
 from dvkernels import pytree, reduce_op
@@ -177,7 +176,7 @@ class TracedReplica(ReplicaContext):
             if op is not None:
                 kept = self.placement.memory.kept_dtype(np.dtype(array.dtype))
                 reduce_op.check_dtype(verb, op, kept)
-            return collective(jnp.asarray(jax_arrays.unshared(array)), op)
+            return collective(jax_arrays.unshared_array(array), op)
 
         leaves, structure = pytree.flatten(value)
         return pytree.unflatten(structure, [reduced(leaf) for leaf in leaves])

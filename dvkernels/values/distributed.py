@@ -130,7 +130,7 @@ class _Frozen(DistributedValues[T]):
     # The slots override the properties of the base class.
     __slots__ = ("__weakref__", "_global_array", "devices", "owner", "values")
 
-    _global_array: Any  # see with_global_array
+    _global_array: Any  # see with_global_array; most values have none
 
     # The calls to use instead; shown when an operation is refused.
     _remedy = ""
@@ -168,7 +168,6 @@ class _Frozen(DistributedValues[T]):
         object.__setattr__(self, "values", components)
         object.__setattr__(self, "devices", where)
         object.__setattr__(self, "owner", owner)
-        object.__setattr__(self, "_global_array", None)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -311,7 +310,7 @@ def with_global_array(value: PerReplica[T], array: Any) -> PerReplica[T]:
 
 def global_array_of(value: PerReplica[Any]) -> Any:
     """Return the global array that a value was given, or None."""
-    return value._global_array
+    return getattr(value, "_global_array", None)
 
 
 def _copied(value: Any, device: Device) -> Any:

@@ -122,11 +122,7 @@ class TracedState:
     def array(value: Any) -> Any:
         """Return a value as a traced array."""
         is_traced = jax_arrays.is_traced(value)
-        return (
-            value
-            if is_traced
-            else lax.optimization_barrier(jnp.asarray(jax_arrays.unshared(value)))
-        )
+        return value if is_traced else lax.optimization_barrier(jax_arrays.unshared_array(value))
 
     @staticmethod
     def weight(value: Any, verb: str, op: Reduction) -> Any:
@@ -219,7 +215,7 @@ class TracedState:
 
 def _row_numbers(copies: Copies, verb: str, indices: Any) -> Any:
     refuse_masked(indices, f"{verb} of variable {copies.name!r}: the indices")
-    rows = jnp.asarray(jax_arrays.unshared(indices))
+    rows = jax_arrays.unshared_array(indices)
     if copies.arrays[0].ndim == 0:
         raise BufferMismatchError(
             f"{verb} of variable {copies.name!r}: a 0-d variable has no rows; use the whole value"
